@@ -1,0 +1,34 @@
+"""Packaging: everything it knows comes from `settings.ini`."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(root / "settings.ini", encoding="utf-8")
+settings = config["DEFAULT"]
+# A markdown README is generated from nbs/index.ipynb; links in it are relative to the repository.
+long_description = (root / "README.md").read_text(encoding="utf-8")
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    long_description=long_description,
+    long_description_content_type="text/markdown",
+    author=settings["author"],
+    author_email=settings["author_email"],
+    url=settings["git_url"],
+    license="MIT",
+    keywords=settings["keywords"],
+    # The workload notebooks and the embedded tables travel inside the package, from where they already lie.
+    packages=[*find_packages(include=["madewithml", "madewithml.*"]), "madewithml.workloads", "madewithml.datasets"],
+    package_dir={"madewithml.workloads": "nbs/workloads", "madewithml.datasets": "datasets"},
+    package_data={"madewithml.workloads": ["*.ipynb"], "madewithml.datasets": ["*.csv", "*.md"]},
+    python_requires=f">={settings['min_python']}",
+    install_requires=settings["requirements"].split(),
+    extras_require={"dev": settings["dev_requirements"].split()},
+    entry_points={"console_scripts": settings["console_scripts"].split("\n")},
+    zip_safe=False,
+)
