@@ -84,23 +84,24 @@ def get_settings() -> Settings:
     except ValidationError as error:
         raise UserError("Setting " + _first_error(error), "Mend MADEWITHML_* in the environment or in .env.") from None
 
-# %% ../nbs/00_config.ipynb #5ffe4c1c
+# %% ../nbs/00_config.ipynb #30b1cba8
 class TrainConfig(BaseModel):
     "Hyperparameters of fine-tuning; what `--train-loop-config` takes as JSON."
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    num_epochs: int = Field(8, ge=1, le=1000, description="passes over the training split, at most")
+    num_epochs: int = Field(4, ge=1, le=1000, description="passes over the training split, at most")
     batch_size: int = Field(16, ge=1, le=65536, description="rows per optimiser step, over all workers")
-    lr: float = Field(1e-4, gt=0, le=1, description="peak learning rate of the encoder")
-    head_lr_factor: float = Field(1.0, gt=0, le=1000, description="learning rate of the new layers, as a multiple of `lr`")
+    lr: float = Field(2e-4, gt=0, le=1, description="peak learning rate")
     weight_decay: float = Field(0.01, ge=0, le=1, description="AdamW's decoupled weight decay, on matrices only")
-    warmup_ratio: float = Field(0.1, ge=0, le=1, description="part of all steps in which the learning rate rises")
+    warmup_ratio: float = Field(0.1, ge=0, le=1, description="part of all steps in which the learning rate rises; it falls linearly after")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this L2 norm")
     label_smoothing: float = Field(0.1, ge=0, lt=1, description="probability mass taken from the label and spread over all classes")
     class_weights: bool = Field(False, description="weigh classes by inverse frequency in the loss")
     dropout_p: float = Field(0.1, ge=0, lt=1, description="dropout in front of the classification layer")
-    patience: int = Field(3, ge=1, description="epochs without a better validation loss before training stops")
-    val_size: float = Field(0.15, gt=0, lt=1, description="part of the table held out for validation")
+    freeze_layers: int = Field(3, ge=0, description="encoder layers, from the input up, that keep their weights, with the embeddings; 0: none")
+    warm_start: bool = Field(True, description="begin from mean pooling and logistic regression instead of random new layers")
+    patience: int = Field(2, ge=1, description="epochs without a better validation loss before training stops")
+    val_size: float = Field(0.1, gt=0, lt=1, description="part of the table held out for validation")
 
 # %% ../nbs/00_config.ipynb #cf44c4da
 def parse_train_config(
