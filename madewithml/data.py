@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['STOPWORDS', 'open_location', 'table_format', 'table_digest', 'csv_options', 'read_table', 'read_labeled',
-           'clean_text', 'join_text', 'row_texts', 'text_key', 'stratified_split', 'stratified_sample', 'label_ids',
-           'Tokens', 'tokenize', 'to_arrow', 'from_arrow', 'length_grouped_batches', 'worker_batches', 'pad_batch']
+           'stream_table', 'told_plainly', 'clean_text', 'join_text', 'row_texts', 'text_key', 'stratified_split',
+           'stratified_sample', 'label_ids', 'Tokens', 'tokenize', 'to_arrow', 'from_arrow', 'length_grouped_batches',
+           'worker_batches', 'pad_batch']
 
-# %% ../nbs/01_data.ipynb #9f4b3a6b
+# %% ../nbs/01_data.ipynb #808f2600
 import re, unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +119,41 @@ def read_labeled(
         raise UserError(f"{loc}: label {counts.idxmin()!r} is seen {int(counts.min())} time(s), {min_rows} are needed.", "Add rows or merge the label.")
     if len(counts) < 2 and min_rows > 1: raise UserError(f"{loc}: there is only one label, {counts.idxmin()!r}; nothing to learn.")
     return rows
+
+# %% ../nbs/01_data.ipynb #75046762
+def stream_table(
+    loc:str|Path, # CSV, Parquet or JSON lines, path or URI
+):
+    "The table as a lazy `ray.data.Dataset`, in the order of its rows. Raises: UserError for a missing file, column or row."
+    filesystem, path = open_location(loc)
+    kind, settings = table_format(loc), get_settings()
+    from madewithml.session import ray  # quiet from its first import
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    read = {"csv": ray.data.read_csv, "parquet": ray.data.read_parquet, "json": ray.data.read_json}[kind]
+    options = csv_options() if kind == "csv" else {}
+    dataset = read(path, filesystem=filesystem, file_extensions=None, num_cpus=0.1, **options)
+    with told_plainly(loc): schema = dataset.schema()
+    if schema is None: raise UserError(f"{loc}: the table has no rows.")
+    names = schema.names
+    if missing := [name for name in settings.text_columns if name not in names]:
+        raise UserError(f"{loc}: column {missing[0]!r} is missing (found: {', '.join(names)}).", "Name yours with MADEWITHML_TEXT_COLUMNS.")
+    return dataset
+
+@contextmanager
+def told_plainly(
+    loc:str|Path, # table that is being read
+) -> Iterator[None]:
+    "Turns a parse error that a Ray task met into a UserError: Ray's reader counts no rows, so the table is parsed once more to find the place."
+    from ray.exceptions import RayError
+    try: yield
+    except RayError:
+        if table_format(loc) != "csv": raise
+        filesystem, path = open_location(loc)
+        try:
+            with filesystem.open_input_file(path) as file:
+                for _ in csv.open_csv(file, read_options=csv.ReadOptions(use_threads=False), **csv_options()): pass
+        except pa.ArrowException as error: raise UserError(f"{loc}: {_plain(str(error))}") from None
+        raise
 
 # %% ../nbs/01_data.ipynb #c1011424
 _LINK = re.compile(r"(?:https?://|www\.)([\w.-]+)[^\s)>\]]*")
