@@ -130,7 +130,7 @@ def packaged_dir(
     if (root / "settings.ini").is_file(): return checkout
     return Path(str(resources.files("madewithml") / name))
 
-# %% ../nbs/00_config.ipynb #49a556b2
+# %% ../nbs/00_config.ipynb #5ef50a38
 @contextmanager
 def atomic_path(
     path:str|Path, # where the file or directory shall lie
@@ -138,7 +138,7 @@ def atomic_path(
     "A temporary path to write to; it replaces `path` when the block ends well and vanishes when it does not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield temporary
         if path.is_dir(): shutil.rmtree(path)

@@ -59,7 +59,7 @@ def bootstrap_f1(
     low, high = np.quantile((f1 * true).sum(1) / len(labels), [0.025, 0.975])
     return float(low), float(high)
 
-# %% ../nbs/06_evaluate.ipynb #3c0d59ca
+# %% ../nbs/06_evaluate.ipynb #e9429ac4
 _LLM = r"\b(?:llms?|gpt|bert|t5|llama|transformers?|language models?|chatgpt|prompt\w*)\b"
 
 def class_name_absent(rows: pd.DataFrame) -> pd.Series:
@@ -82,7 +82,7 @@ def slice_rows(
     try: chosen = rows.eval(predicate, engine="python") if isinstance(predicate, str) else predicate(rows)
     except (ValueError, SyntaxError, KeyError, AttributeError, TypeError, pd.errors.UndefinedVariableError) as error:
         raise UserError(f"Slice {name!r}: {error}.", "It must be a true-or-false pandas query over the table's columns, text and label.") from None
-    if getattr(chosen, "dtype", None) != bool or len(chosen) != len(rows): raise UserError(f"Slice {name!r} gives no true or false for each row.")
+    if str(getattr(chosen, "dtype", None)) not in ("bool", "boolean") or len(chosen) != len(rows): raise UserError(f"Slice {name!r} gives no true or false for each row.")
     return chosen.to_numpy()
 
 # %% ../nbs/06_evaluate.ipynb #0a182b8d

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log_classifier', 'register_model']
 
-# %% ../nbs/08_registry.ipynb #8d51dfcb
+# %% ../nbs/08_registry.ipynb #ae0863d3
 import tempfile
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -15,7 +15,7 @@ from mlflow.models import infer_signature
 from transformers import pipeline
 
 from .config import get_settings
-from .models import load_classifier, max_tokens, quiet_transformers
+from .models import load_classifier, quiet_transformers
 from .results import RegisterResults
 from .tracking import checkpoint_dir, connect_mlflow
 

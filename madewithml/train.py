@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainJob', 'default_cpus', 'prepare_rows', 'train_loop', 'open_run', 'plot_history', 'train_model']
 
-# %% ../nbs/04_train.ipynb #2e4d2c5d
+# %% ../nbs/04_train.ipynb #734cfc55
 import contextlib, json, os, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .session import ray_session
-import matplotlib.pyplot as plt, mlflow, pyarrow as pa, ray, ray.train, ray.train.torch, torch
+import matplotlib.pyplot as plt, pyarrow as pa, ray, ray.train, ray.train.torch, torch
 from mlflow.entities import Metric, Param, RunTag
 from ray.train import Checkpoint, CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.util.queue import Queue
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .config import TrainConfig, UserError, digest, get_logger, get_settings
 from .data import Tokens, from_arrow, label_ids, read_labeled, row_texts, stratified_sample, stratified_split, table_digest, to_arrow, tokenize
-from .models import build_classifier, load_classifier, load_tokenizer, pick_device, pick_precision, save_classifier, set_seed
+from .models import build_classifier, load_classifier, load_tokenizer, pick_precision, save_classifier, set_seed
 from .optimize import FineTuning, best_epoch, label_weights, num_steps, run_epochs, warm_start
 from .results import EpochMetrics, TrainResults
 from .tracking import CHECKPOINT, connect_mlflow, experiment_id, provenance

@@ -1,0 +1,46 @@
+# Everything a person or a machine runs starts here. Each target makes what it needs; `.venv` is made anew when the lock changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# cpu, auto or a CUDA version such as cu128: which build of torch a Linux machine without a local one gets (see README).
+TORCH_BACKEND ?= auto
+export HF_HUB_OFFLINE ?= 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: install run test test-notebooks test-slow lab export clean-notebooks readme lock dist clean help
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
+
+install: $(STAMP) ## make .venv with every package the lock names
+
+$(STAMP): requirements.lock settings.ini setup.py pyproject.toml tools/install.py
+	@$(PYTHON) tools/install.py $(VENV) --torch-backend $(TORCH_BACKEND)
+	@touch $(STAMP)
+
+run: install ## the main job: validate, train, evaluate, predict, register, report
+	@$(BIN)/madewithml run
+
+test: install ## everything that must hold: notebooks in sync and clean, their tests, pytest
+	@$(BIN)/python tools/check.py
+	@$(BIN)/python -m pytest -m "not slow and not fault"
+
+test-slow: install ## what takes minutes: a killed run, the wheel, cells marked slow
+	@$(BIN)/python -m pytest -m slow
+
+lab: install ## open JupyterLab in nbs/
+	@cd nbs && ../$(BIN)/jupyter lab
+
+export: install ## write madewithml/ from the notebooks, clean them, and make README.md
+	@$(BIN)/python tools/check.py --fix
+
+lock: ## renew requirements.lock from settings.ini
+	@$(PYTHON) tools/install.py --lock
+
+dist: install ## build the wheel into dist/
+	@$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove what was built and run, but not .venv
+	rm -rf build dist storage results *.egg-info .pytest_cache .ruff_cache _docs _proc

@@ -1,0 +1,64 @@
+"""Prints the measures of the embedded data set, and ends with exit code 1 where one is missed.
+
+python datasets/measures.py [--train-run RUN_ID --foreign TABLE]
+"""
+import argparse
+import re
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pandas as pd
+
+from madewithml.data import read_labeled, read_table, row_texts
+from madewithml.evaluate import baseline_f1, scores
+
+FOLDER = Path(__file__).parent
+MAX_JACCARD, MAX_BASELINE, MIN_FOREIGN = 0.8, 0.90, 0.85
+
+
+def near_duplicates(texts: list[str], limit: float = MAX_JACCARD) -> list[tuple[float, int, int]]:
+    """Pairs of texts whose sets of tokens have a Jaccard similarity over the limit."""
+    tokens = [frozenset(re.findall(r"\w+", text.casefold())) for text in texts]
+    found = []
+    for i, j in combinations(range(len(tokens)), 2):
+        a, b = tokens[i], tokens[j]
+        # a similarity over the limit needs sizes that are close
+        if min(len(a), len(b)) > limit * max(len(a), len(b)) and len(a & b) > limit * len(a | b):
+            found.append((len(a & b) / len(a | b), i, j))
+    return found
+
+
+def foreign_f1(run_id: str, loc: str) -> float:
+    """Weighted F1 of a trained run on a table from elsewhere."""
+    from madewithml.models import load_classifier, predict_proba
+    from madewithml.tracking import checkpoint_dir
+    model, tokenizer = load_classifier(checkpoint_dir(run_id))
+    rows = read_labeled(loc)
+    predicted = predict_proba(model, tokenizer, row_texts(rows)).argmax(1)
+    return scores(rows["tag"].to_numpy(), [model.config.id2label[i] for i in predicted]).f1
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train-run", help="MLflow run trained on dataset.csv alone")
+    parser.add_argument("--foreign", help="labelled table from elsewhere")
+    options = parser.parse_args()
+    train, holdout, unlabeled = read_labeled(FOLDER / "dataset.csv"), read_labeled(FOLDER / "holdout.csv"), read_table(FOLDER / "unlabeled.csv")
+    everything = pd.concat([train, holdout, unlabeled], ignore_index=True)
+    words = everything.apply(lambda row: len(f"{row['title']} {row['description']}".split()), axis=1)
+    print(pd.DataFrame({"dataset.csv": train["tag"].value_counts(), "holdout.csv": holdout["tag"].value_counts()}).to_string())
+    print(f"rows: {len(train)} + {len(holdout)} + {len(unlabeled)} unlabelled; words: {words.min()} to {words.max()}, median {words.median():.0f}")
+    pairs, baseline = near_duplicates(row_texts(everything)), baseline_f1(train, holdout)
+    results = [("near duplicates (token Jaccard over 0.8)", len(pairs), "none", not pairs),
+               ("TF-IDF + logistic regression, F1 on the holdout", round(baseline, 3), f"under {MAX_BASELINE}", baseline < MAX_BASELINE)]
+    if options.train_run and options.foreign:
+        foreign = foreign_f1(options.train_run, options.foreign)
+        results.append(("trained here, F1 on the foreign table", round(foreign, 3), f"at least {MIN_FOREIGN}", foreign >= MIN_FOREIGN))
+    for name, value, wanted, good in results:
+        print(f"{'ok    ' if good else 'MISSED'} {name}: {value} ({wanted})")
+    return 0 if all(good for *_, good in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""What the tests share: one run of the whole pipeline, made by the command line as a user calls it."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOREIGN = ROOT.parent / "shared" / "data" / "course_dataset.csv"
+
+
+def run_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> subprocess.CompletedProcess:
+    """Runs `madewithml ARGS` in `cwd`, with its storage there."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **variables}
+    command = [str(Path(sys.executable).with_name("madewithml")), *args]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@dataclass
+class Run:
+    """A finished run: where it was made and what it wrote."""
+
+    folder: Path
+
+    def cli(self, *args: str) -> subprocess.CompletedProcess:
+        return run_cli(*args, cwd=self.folder)
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results" / "main"
+
+    def json(self, workload: str) -> dict:
+        return json.loads((self.results / f"{workload}.json").read_text(encoding="utf-8"))
+
+    @property
+    def run_id(self) -> str:
+        return self.json("train")["run_id"]
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The embedded data, trained for two epochs, evaluated, predicted and registered."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run_cli("run", "--num-epochs", "2", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout.txt").write_text(done.stdout, encoding="utf-8")
+    return Run(folder)

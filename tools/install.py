@@ -1,0 +1,82 @@
+"""Makes the virtual environment from `requirements.lock`, or renews the lock. Needs nothing but Python."""
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LOCK = ROOT / "requirements.lock"
+
+
+def pip(python: Path, *args: str) -> None:
+    subprocess.run([str(python), "-m", "pip", "--disable-pip-version-check", *args], check=True)
+
+
+def make_venv(folder: Path) -> Path:
+    """An empty virtual environment; returns its Python."""
+    if sys.version_info < (3, 11):
+        sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Name another with `make PYTHON=python3.12 …`.")
+    venv.create(folder, with_pip=True, clear=True)
+    return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+
+
+def install_torch(python: Path, requirement: str, backend: str) -> None:
+    """On Linux the build of torch for this machine: pip's default there brings gigabytes of CUDA to machines without a GPU."""
+    has_gpu = shutil.which("nvidia-smi") is not None
+    if sys.platform != "linux" or (backend == "auto" and has_gpu):
+        return  # pip's default is right
+    plan = subprocess.run([str(python), "-m", "pip", "install", "--dry-run", "--quiet", "--no-deps", "--report", "-", requirement],
+                          capture_output=True, text=True, check=False)
+    local = plan.returncode == 0 and "+" in json.loads(plan.stdout)["install"][0]["metadata"]["version"]
+    if local and backend == "auto":
+        pip(python, "install", "--quiet", "--no-deps", requirement)  # a build that lies on this machine
+        return
+    pip(python, "install", "--quiet", "uv")  # knows where each build of torch is kept
+    chosen = "cpu" if backend == "auto" else backend
+    if subprocess.run([str(python), "-m", "uv", "pip", "install", "--python", str(python), "--torch-backend", chosen, requirement], check=False).returncode:
+        print(f"The {chosen} build of torch cannot be reached from here; taking pip's default.", file=sys.stderr)
+
+
+def install(folder: Path, backend: str) -> None:
+    """The environment of the lock, and this package in editable form."""
+    print(f"Installing into {folder} (once; a few minutes).", flush=True)
+    python = make_venv(folder)
+    requirements = LOCK.read_text(encoding="utf-8").splitlines()
+    install_torch(python, next(line for line in requirements if line.startswith("torch==")), backend)
+    pip(python, "install", "--quiet", "-r", str(LOCK))
+    pip(python, "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+
+
+def lock() -> None:
+    """Resolves settings.ini anew in an empty environment and pins what it got."""
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    wanted = config["DEFAULT"]["requirements"].split() + config["DEFAULT"]["dev_requirements"].split()
+    with tempfile.TemporaryDirectory() as folder:
+        python = make_venv(Path(folder) / "venv")
+        pip(python, "install", "--quiet", "--upgrade", "pip")
+        pip(python, "install", "--quiet", "setuptools>=77", "wheel", *wanted)
+        pip(python, "check")
+        frozen = subprocess.run([str(python), "-m", "pip", "freeze", "--all"], capture_output=True, text=True, check=True).stdout
+    pins = sorted({re.sub(r"\+[\w.]+$", "", line) for line in frozen.splitlines() if "==" in line}, key=str.lower)
+    header = "# Every package of the environment, pinned. Written by `make lock` from settings.ini; never edited by hand.\n"
+    LOCK.write_text(header + "\n".join(pins) + "\n", encoding="utf-8")
+    print(f"{LOCK.name}: {len(pins)} packages")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("venv", nargs="?", default=str(ROOT / ".venv"))
+    parser.add_argument("--torch-backend", default="auto", help="auto, cpu or a CUDA version such as cu128")
+    parser.add_argument("--lock", action="store_true", help="renew requirements.lock")
+    options = parser.parse_args()
+    try:
+        lock() if options.lock else install(Path(options.venv), options.torch_backend)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"Installing failed: {' '.join(map(str, error.cmd[:6]))} … ended with {error.returncode}.")
