@@ -20,7 +20,7 @@ from ray.data import DataContext
 
 from .config import UserError, get_settings
 
-# %% ../nbs/00_session.ipynb #0a8f76b0
+# %% ../nbs/00_session.ipynb #d7b88958
 # Variables of the driver that every worker, on any node, must see too.
 _PASSED_ON = ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "RAY_DATA_DISABLE_PROGRESS_BARS")
 
@@ -32,7 +32,7 @@ def worker_env() -> dict[str, str]:
 
 def _quiet() -> None:
     "Ray's own progress chatter off; its errors arrive as exceptions."
-    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"): logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", "ray.serve"): logging.getLogger(name).setLevel(logging.CRITICAL)
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
