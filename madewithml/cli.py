@@ -45,7 +45,7 @@ def _report(results, results_fp: Path|None, show: object) -> None:
         write_results(results, results_fp)
     typer.echo(json.dumps(show, indent=2, ensure_ascii=False))
 
-# %% ../nbs/13_cli.ipynb #250c281e
+# %% ../nbs/13_cli.ipynb #c9d68589
 @app.command()
 def run(
     dataset_loc: Annotated[Optional[str], _option("labelled table to learn from [default: the embedded one]", "--dataset-loc")] = None,
@@ -60,10 +60,13 @@ def run(
     max_length: _Length = None,
 ) -> None:
     "Validate, train, evaluate, predict and register, each as an executed notebook; ends with the report."
-    from madewithml.pipeline import run_pipeline
     parse_train_config(train_loop_config, num_epochs=num_epochs, batch_size=batch_size)
     embedded, tables = dataset_loc is None, packaged_dir("datasets")
     if "/" in run_name or run_name.startswith("."): raise UserError(f"--run-name {run_name!r} must be a plain name.")
+    from madewithml.data import read_labeled
+    for loc in (dataset_loc, holdout_loc):
+        if loc is not None: read_labeled(loc, min_rows=2 if loc == dataset_loc else 1)  # a wrong table is told before torch and Ray are loaded
+    from madewithml.pipeline import run_pipeline
     report = run_pipeline(dataset_loc or tables / "dataset.csv", holdout_loc or (tables / "holdout.csv" if embedded else None),
                           predict_loc or (tables / "unlabeled.csv" if embedded else None), run_name, force, compare, address,
                           experiment_name=experiment_name, train_loop_config=train_loop_config, num_workers=num_workers, cpu_per_worker=cpu_per_worker,

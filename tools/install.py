@@ -35,9 +35,9 @@ def install_torch(python: Path, requirement: str, backend: str) -> None:
                           capture_output=True, text=True, check=False)
     local = plan.returncode == 0 and "+" in json.loads(plan.stdout)["install"][0]["metadata"]["version"]
     if local and backend == "auto":
-        pip(python, "install", "--quiet", "--no-deps", requirement)  # a build that lies on this machine
+        pip(python, "install", "-qq", "--no-deps", requirement)  # a build that lies on this machine
         return
-    pip(python, "install", "--quiet", "uv")  # knows where each build of torch is kept
+    pip(python, "install", "-qq", "uv")  # knows where each build of torch is kept
     chosen = "cpu" if backend == "auto" else backend
     if subprocess.run([str(python), "-m", "uv", "pip", "install", "--python", str(python), "--torch-backend", chosen, requirement], check=False).returncode:
         print(f"The {chosen} build of torch cannot be reached from here; taking pip's default.", file=sys.stderr)
@@ -49,8 +49,8 @@ def install(folder: Path, backend: str) -> None:
     python = make_venv(folder)
     requirements = LOCK.read_text(encoding="utf-8").splitlines()
     install_torch(python, next(line for line in requirements if line.startswith("torch==")), backend)
-    pip(python, "install", "--quiet", "-r", str(LOCK))
-    pip(python, "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    pip(python, "install", "-qq", "-r", str(LOCK))
+    pip(python, "install", "-qq", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
 
 
 def lock() -> None:
@@ -60,8 +60,8 @@ def lock() -> None:
     wanted = config["DEFAULT"]["requirements"].split() + config["DEFAULT"]["dev_requirements"].split()
     with tempfile.TemporaryDirectory() as folder:
         python = make_venv(Path(folder) / "venv")
-        pip(python, "install", "--quiet", "--upgrade", "pip")
-        pip(python, "install", "--quiet", "setuptools>=77", "wheel", *wanted)
+        pip(python, "install", "-qq", "--upgrade", "pip")
+        pip(python, "install", "-qq", "setuptools>=77", "wheel", *wanted)
         pip(python, "check")
         frozen = subprocess.run([str(python), "-m", "pip", "freeze", "--all"], capture_output=True, text=True, check=True).stdout
     pins = sorted({re.sub(r"\+[\w.]+$", "", line) for line in frozen.splitlines() if "==" in line}, key=str.lower)
