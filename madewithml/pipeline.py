@@ -76,7 +76,7 @@ def _as_ours(error: PapermillExecutionError, executed: Path) -> Exception:
     if error.ename == "CheckFailed": return CheckFailed(f"{error.evalue} See {executed}.")
     return RuntimeError(f"{error.ename}: {error.evalue} (the whole traceback is in {executed})")
 
-# %% ../nbs/12_pipeline.ipynb #6bf22732
+# %% ../nbs/12_pipeline.ipynb #eedec3c1
 _CHATTER = re.compile(r"(Input Notebook|Output Notebook|Working directory|Executing |Ending Cell|Skipping Cell|<Figure|Traceback)")
 
 class _PassOn(logging.Handler):
@@ -84,7 +84,7 @@ class _PassOn(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage().strip()
         if text and record.levelno == logging.INFO and not _CHATTER.match(text):
-            for line in text.splitlines() if text.startswith("epoch ") else [text] if "\n" not in text else []: print(f"  {line}", flush=True)
+            for line in text.splitlines() if re.match(r"epoch \d", text) else [text] if "\n" not in text else []: print(f"  {line}", flush=True)
 
 def _pass_on_output() -> None:
     "Sets papermill's logger up, once."
