@@ -31,12 +31,12 @@ def near_duplicates(texts: list[str], limit: float = MAX_JACCARD) -> list[tuple[
 
 def foreign_f1(run_id: str, loc: str) -> float:
     """Weighted F1 of a trained run on a table from elsewhere."""
-    from madewithml.models import load_classifier, predict_proba
+    from madewithml.models import label_names, load_classifier, predict_proba
     from madewithml.tracking import checkpoint_dir
     model, tokenizer = load_classifier(checkpoint_dir(run_id))
     rows = read_labeled(loc)
-    predicted = predict_proba(model, tokenizer, row_texts(rows)).argmax(1)
-    return scores(rows["tag"].to_numpy(), [model.config.id2label[i] for i in predicted]).f1
+    names, predicted = label_names(model), predict_proba(model, tokenizer, row_texts(rows)).argmax(1)
+    return scores(rows["tag"].to_numpy(), [names[i] for i in predicted]).f1
 
 
 def main() -> int:

@@ -83,7 +83,13 @@ def _plain(message: str) -> str:
         return f"row {row[1]} (the header is row 1) has {row[3]} fields instead of {row[2]}. Is a comma or a quote missing there?"
     return message.split("\n")[0]
 
-# %% ../nbs/01_data.ipynb #1bf74e56
+# %% ../nbs/01_data.ipynb #8803a45c
+def _check_columns(loc: str|Path, wanted: tuple[str, ...], found: list[str]) -> None:
+    "Raises: UserError for a wanted column that is not there."
+    if missing := [name for name in wanted if name not in found]:
+        raise UserError(f"{loc}: column {missing[0]!r} is missing (found: {', '.join(found)}).",
+                        "Name yours with MADEWITHML_TEXT_COLUMNS and MADEWITHML_LABEL_COLUMN.")
+
 def read_table(
     loc:str|Path, # CSV, Parquet or JSON lines, path or URI
     columns:tuple[str, ...]|None=None, # columns that must be there; None: the text columns
@@ -93,9 +99,7 @@ def read_table(
     columns = columns or get_settings().text_columns
     if double := [name for name in table.column_names if table.column_names.count(name) > 1]:
         raise UserError(f"{loc}: column {double[0]!r} stands in the header twice.")
-    if missing := [name for name in columns if name not in table.column_names]:
-        raise UserError(f"{loc}: column {missing[0]!r} is missing (found: {', '.join(table.column_names)}).",
-                        "Name yours with MADEWITHML_TEXT_COLUMNS and MADEWITHML_LABEL_COLUMN.")
+    _check_columns(loc, columns, table.column_names)
     if not table.num_rows: raise UserError(f"{loc}: the table has no rows.")
     rows = table.to_pandas()
     for name in get_settings().text_columns:
@@ -120,7 +124,7 @@ def read_labeled(
     if len(counts) < 2 and min_rows > 1: raise UserError(f"{loc}: there is only one label, {counts.idxmin()!r}; nothing to learn.")
     return rows
 
-# %% ../nbs/01_data.ipynb #75046762
+# %% ../nbs/01_data.ipynb #2fba2881
 def stream_table(
     loc:str|Path, # CSV, Parquet or JSON lines, path or URI
 ):
@@ -134,9 +138,7 @@ def stream_table(
     dataset = read(path, filesystem=filesystem, file_extensions=None, num_cpus=0.1, **options)
     with told_plainly(loc): schema = dataset.schema()
     if schema is None: raise UserError(f"{loc}: the table has no rows.")
-    names = schema.names
-    if missing := [name for name in settings.text_columns if name not in names]:
-        raise UserError(f"{loc}: column {missing[0]!r} is missing (found: {', '.join(names)}).", "Name yours with MADEWITHML_TEXT_COLUMNS.")
+    _check_columns(loc, settings.text_columns, schema.names)
     return dataset
 
 @contextmanager

@@ -7,7 +7,7 @@ __all__ = ['SLICES', 'scores', 'per_class_scores', 'bootstrap_f1', 'class_name_a
            'expected_calibration_error', 'read_behavior', 'test_behavior', 'baseline_f1', 'evaluate_predictions',
            'evaluate_model', 'plot_confusion', 'plot_reliability', 'check_behavior']
 
-# %% ../nbs/06_evaluate.ipynb #10337e3d
+# %% ../nbs/06_evaluate.ipynb #10d43536
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,8 +18,8 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.pipeline import make_pipeline
 
 from .config import CheckFailed, UserError, get_settings, packaged_dir
-from .data import join_text, read_labeled, read_table, row_texts, table_digest
-from .models import load_classifier, predict_proba
+from .data import read_labeled, read_table, row_texts, table_digest
+from .models import label_names, load_classifier, predict_proba
 from .results import BehaviorCase, CalibrationBin, EvaluateResults, Mistake, Overall, Scores
 from .tracking import checkpoint_dir
 
@@ -108,7 +108,7 @@ def expected_calibration_error(
     total = sum(bar.num_samples for bar in bins)
     return sum(bar.num_samples * abs(bar.confidence - bar.accuracy) for bar in bins if bar.num_samples) / max(total, 1)
 
-# %% ../nbs/06_evaluate.ipynb #4ba857ea
+# %% ../nbs/06_evaluate.ipynb #9f832cf9
 def read_behavior(
     loc:str|Path|None=None, # table of cases; None: the embedded one
 ) -> pd.DataFrame:
@@ -128,9 +128,7 @@ def test_behavior(
 ) -> list[BehaviorCase]:
     "Each case and its outcome; none where the table expects labels that the model does not know."
     if not set(cases["expected"]) <= set(names): return []
-    columns = get_settings().text_columns
-    before = [join_text(*parts) for parts in zip(*(cases[name] for name in columns), strict=True)]
-    after = [join_text(*parts) for parts in zip(*(cases[f"changed_{name}"] for name in columns), strict=True)]
+    before, after = row_texts(cases), row_texts(pd.DataFrame({name: cases[f"changed_{name}"] for name in get_settings().text_columns}))
     first, second, expected = proba(before), proba(after), cases["expected"].map(names.index).to_numpy()
     results = []
     for i, kind in enumerate(cases["kind"]):
@@ -183,7 +181,7 @@ def evaluate_predictions(
         "mistakes": [Mistake(row=int(i), text=texts[i], label=labels[i], predicted=predicted[i], confidence=confidence[i]) for i in worst],
     }
 
-# %% ../nbs/06_evaluate.ipynb #cbe5b558
+# %% ../nbs/06_evaluate.ipynb #f4a73834
 def evaluate_model(
     run_id:str, # MLflow run that trained the classifier
     dataset_loc:str|Path, # labelled table that the model has not seen
@@ -195,7 +193,7 @@ def evaluate_model(
     "Judges the run's classifier on the table. Raises: UserError."
     rows = read_labeled(dataset_loc, min_rows=1)
     model, tokenizer = load_classifier(checkpoint_dir(run_id))
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    names = label_names(model)
     parts = evaluate_predictions(rows, predict_proba(model, tokenizer, row_texts(rows), precision), names, SLICES | dict(slices or {}))
     if train_loc is not None: parts["overall"].baseline_f1 = baseline_f1(read_labeled(train_loc), rows)
     behavior = test_behavior(read_behavior(behavior_loc), lambda texts: predict_proba(model, tokenizer, texts, precision), names)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'pick_device', 'bf16_in_hardware', 'pick_precision', 'autocast', 'set_seed', 'encoder_source',
-           'quiet_transformers', 'load_tokenizer', 'build_classifier', 'predict_tokens', 'softmax', 'predict_proba',
-           'max_tokens', 'save_classifier', 'load_classifier']
+           'quiet_transformers', 'load_tokenizer', 'build_classifier', 'model_inputs', 'label_names', 'predict_tokens',
+           'softmax', 'predict_proba', 'max_tokens', 'save_classifier', 'load_classifier']
 
 # %% ../nbs/03_models.ipynb #0b377450
 import random, warnings
@@ -104,7 +104,23 @@ def build_classifier(
             return AutoModelForSequenceClassification.from_pretrained(encoder_source(llm), config=config, dtype=torch.float32)
     except (OSError, ValueError) as error: raise UserError(f"--llm {llm!r}: {str(error).splitlines()[0]}") from None
 
-# %% ../nbs/03_models.ipynb #5d8ba94e
+# %% ../nbs/03_models.ipynb #58b615ba
+def model_inputs(
+    tokens:Tokens, # tokenised rows
+    batch:np.ndarray, # row numbers
+    pad_id:int, # token id that fills up
+    device:torch.device, # where the model lies
+) -> dict[str, torch.Tensor]:
+    "What a model's forward pass takes for these rows, padded to the longest."
+    return {name: torch.from_numpy(value).to(device) for name, value in pad_batch(tokens, batch, pad_id).items()}
+
+def label_names(
+    model:PreTrainedModel, # a classifier
+) -> list[str]:
+    "The labels, in the order of the logits."
+    return [model.config.id2label[i] for i in range(model.config.num_labels)]
+
+# %% ../nbs/03_models.ipynb #4ac4a194
 def predict_tokens(
     model:PreTrainedModel, # a classifier
     tokens:Tokens, # tokenised rows
@@ -119,8 +135,7 @@ def predict_tokens(
     model.eval()
     with torch.inference_mode(), autocast(precision, device):
         for batch in _batches_by_tokens(order, tokens.lengths, batch_tokens):
-            inputs = {name: torch.from_numpy(value).to(device) for name, value in pad_batch(tokens, batch, pad_id).items()}
-            logits[batch] = model(**inputs).logits.float().cpu().numpy()
+            logits[batch] = model(**model_inputs(tokens, batch, pad_id, device)).logits.float().cpu().numpy()
     model.train(training)
     return logits
 

@@ -6,7 +6,7 @@
 __all__ = ['freeze_lower', 'parameter_groups', 'warm_start', 'balanced_weights', 'FineTuning', 'validate', 'run_epochs',
            'best_epoch', 'stopped_early', 'label_weights', 'num_steps', 'fine_tune']
 
-# %% ../nbs/03_optimize.ipynb #106451a8
+# %% ../nbs/03_optimize.ipynb #15079bef
 import time
 from collections.abc import Callable, Iterator
 
@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, get_linear_schedule_with_warmup
 
 from .config import TrainConfig, UserError
-from .data import Tokens, length_grouped_batches, pad_batch, worker_batches
-from .models import autocast, predict_tokens, set_seed
+from .data import Tokens, length_grouped_batches, worker_batches
+from .models import autocast, model_inputs, predict_tokens, set_seed
 from .results import EpochMetrics
 
 # %% ../nbs/03_optimize.ipynb #5370ca30
@@ -47,7 +47,7 @@ def parameter_groups(
     return [{"params": [parameter for parameter in moving if parameter.ndim > 1], "weight_decay": weight_decay},
             {"params": [parameter for parameter in moving if parameter.ndim <= 1], "weight_decay": 0.0}]
 
-# %% ../nbs/03_optimize.ipynb #785edf8e
+# %% ../nbs/03_optimize.ipynb #2ef0b3a3
 def _outputs(
     module:nn.Module, # a classifier or the encoder in it
     tokens:Tokens, # rows to run through it
@@ -58,7 +58,7 @@ def _outputs(
     module.eval()
     device = next(module.parameters()).device
     for batch in np.array_split(np.argsort(tokens.lengths, kind="stable"), -(-len(tokens) // 64)):
-        inputs = {name: torch.from_numpy(value).to(device) for name, value in pad_batch(tokens, batch, pad_id).items()}
+        inputs = model_inputs(tokens, batch, pad_id, device)
         with autocast(precision, device): yield batch, inputs["attention_mask"].unsqueeze(-1), module(**inputs)
 
 def _ridge(inputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -108,7 +108,7 @@ def balanced_weights(
     counts = np.bincount(labels, minlength=num_labels).clip(min=1)
     return (len(labels) / (num_labels * counts)).astype(np.float32)
 
-# %% ../nbs/03_optimize.ipynb #dd337406
+# %% ../nbs/03_optimize.ipynb #4c17a16b
 class FineTuning:
     "A classifier being fine-tuned by this process, alone or as one of many."
 
@@ -159,7 +159,7 @@ class FineTuning:
     def _losses(self, train: Tokens, batch: np.ndarray) -> torch.Tensor:
         "Loss of each row of the batch."
         device = self.model.device
-        inputs = {name: torch.from_numpy(value).to(device) for name, value in pad_batch(train, batch, self.pad_id).items()}
+        inputs = model_inputs(train, batch, self.pad_id, device)
         labels = torch.from_numpy(train.labels[batch]).to(device)
         with autocast(self.precision, device): logits = self.parallel(**inputs).logits
         return cross_entropy(logits.float(), labels, self.class_weights, label_smoothing=self.config.label_smoothing, reduction="none")

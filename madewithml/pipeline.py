@@ -93,7 +93,7 @@ def _pass_on_output() -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
-# %% ../nbs/12_pipeline.ipynb #504e1a01
+# %% ../nbs/12_pipeline.ipynb #e65793f5
 def workloads_of(
     folder:Path, # results directory of the run
     dataset_loc:str, # table to learn from
@@ -107,7 +107,8 @@ def workloads_of(
     return [
         lambda: Workload("validate", {"dataset_loc": dataset_loc, "holdout_loc": holdout_loc, "docs_dir": str(folder / "data_docs")}, [dataset_loc, holdout_loc]),
         lambda: Workload("train", {"dataset_loc": dataset_loc, **train}, [dataset_loc]),
-        lambda: Workload("evaluate", {"run_id": run_id(), "dataset_loc": holdout_loc, "train_loc": dataset_loc}, [dataset_loc, holdout_loc]),
+        lambda: Workload("evaluate", {"run_id": run_id(), "dataset_loc": holdout_loc, "train_loc": dataset_loc},
+                         [dataset_loc, holdout_loc, str(packaged_dir("datasets") / "behavior.csv")]),
         lambda: Workload("predict", {"run_id": run_id(), "dataset_loc": predict_loc, "output": str(predictions)}, [predict_loc], [predictions]),
         lambda: Workload("register", {"run_id": run_id()}),
     ]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['decide', 'Predictor', 'predict_table', 'predict_with']
 
-# %% ../nbs/07_predict.ipynb #c6a2d74b
+# %% ../nbs/07_predict.ipynb #c69203d7
 import os, tempfile, time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,15 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see train
-
 from .session import ray, ray_session
 import numpy as np, pyarrow as pa, torch
 from pyarrow import csv, fs, parquet
 
 from .config import UserError, get_settings
 from .data import join_text, row_texts, stream_table, table_format, told_plainly
-from .models import load_classifier, pick_precision, predict_proba
+from .models import label_names, load_classifier, pick_precision, predict_proba
 from .results import PredictResults
 from .tracking import checkpoint_dir
 
@@ -36,7 +34,7 @@ def decide(
     best = probabilities.argmax(1)
     return [names[i] if p >= threshold else get_settings().fallback_label for i, p in zip(best, probabilities[range(len(best)), best], strict=True)]
 
-# %% ../nbs/07_predict.ipynb #c2198413
+# %% ../nbs/07_predict.ipynb #da0e86b1
 class Predictor:
     "A loaded classifier: give it texts, get labels and probabilities."
 
@@ -46,7 +44,7 @@ class Predictor:
     ):
         self.model, self.tokenizer = load_classifier(folder)
         self.precision = pick_precision(precision, self.model.device)
-        self.labels = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+        self.labels = label_names(self.model)
 
     def proba(self, texts:list[str]) -> np.ndarray:
         "Probability of each label, (texts, labels)."

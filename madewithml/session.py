@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['worker_env', 'ray_session']
 
-# %% ../nbs/00_session.ipynb #15c8579e
+# %% ../nbs/00_session.ipynb #def9de58
 import json, logging, os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# Before torch is imported: idle OpenMP threads sleep. Spinning, they stop every other process on a shared machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Set before ray is imported: it reads them then. Each silences a message that a user can do nothing about.
 for _name, _value in {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
                       "TOKENIZERS_PARALLELISM": "false", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}.items():

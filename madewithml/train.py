@@ -5,16 +5,13 @@
 # %% auto #0
 __all__ = ['TrainJob', 'default_cpus', 'prepare_rows', 'train_loop', 'open_run', 'plot_history', 'train_model']
 
-# %% ../nbs/04_train.ipynb #734cfc55
+# %% ../nbs/04_train.ipynb #ad992321
 import contextlib, json, os, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
 from typing import Any
-
-# Before torch is imported: idle OpenMP threads sleep. Spinning, they stop every other process on a shared machine.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from .session import ray_session
 import matplotlib.pyplot as plt, pyarrow as pa, ray, ray.train, ray.train.torch, torch
