@@ -36,12 +36,13 @@ class CheckFailed(Exception):
     "A check said no; its report lies where the message says."
     exit_code = 1
 
-# %% ../nbs/00_config.ipynb #e6a63d58
+# %% ../nbs/00_config.ipynb #1a4d2350
 class Settings(BaseSettings):
     "Where things lie and what the columns are called; read from defaults < `.env` < `MADEWITHML_*` environment variables."
     model_config = SettingsConfigDict(env_prefix="MADEWITHML_", env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
 
     storage: Path = Field(Path("storage"), description="root of what the system keeps: checkpoints, tracking database, logs")
+    shared: str = Field("", description="path or URI that all machines reach, for checkpoints, artefacts and copies of results; empty: `storage`, on one machine")
     results: Path = Field(Path("results"), description="root of what runs write for people: results JSON, executed notebooks, reports")
     tracking_uri: str = Field("", description="MLflow tracking server; empty: a SQLite database under `storage`")
     registry_name: str = Field("madewithml", description="name the model is registered under")
@@ -84,7 +85,7 @@ def get_settings() -> Settings:
     except ValidationError as error:
         raise UserError("Setting " + _first_error(error), "Mend MADEWITHML_* in the environment or in .env.") from None
 
-# %% ../nbs/00_config.ipynb #30b1cba8
+# %% ../nbs/00_config.ipynb #f6383f2c
 class TrainConfig(BaseModel):
     "Hyperparameters of fine-tuning; what `--train-loop-config` takes as JSON."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -100,7 +101,7 @@ class TrainConfig(BaseModel):
     dropout_p: float = Field(0.1, ge=0, lt=1, description="dropout in front of the classification layer")
     freeze_layers: int = Field(3, ge=0, description="encoder layers, from the input up, that keep their weights, with the embeddings; 0: none")
     warm_start: bool = Field(True, description="begin from mean pooling and logistic regression instead of random new layers")
-    patience: int = Field(2, ge=1, description="epochs without a better validation loss before training stops")
+    patience: int = Field(2, ge=1, description="epochs in a row with a clearly worse validation loss before training stops")
     val_size: float = Field(0.1, gt=0, lt=1, description="part of the table held out for validation")
 
 # %% ../nbs/00_config.ipynb #cf44c4da

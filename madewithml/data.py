@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['STOPWORDS', 'open_location', 'table_format', 'table_digest', 'csv_options', 'read_table', 'read_labeled',
            'stream_table', 'told_plainly', 'clean_text', 'join_text', 'row_texts', 'text_key', 'stratified_split',
-           'stratified_sample', 'label_ids', 'Tokens', 'tokenize', 'to_arrow', 'from_arrow', 'length_grouped_batches',
-           'worker_batches', 'pad_batch']
+           'stratified_sample', 'label_ids', 'Tokens', 'tokenize', 'length_grouped_batches', 'worker_batches',
+           'pad_batch']
 
-# %% ../nbs/01_data.ipynb #808f2600
+# %% ../nbs/01_data.ipynb #6cf46005
 import re, unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,18 +19,16 @@ import numpy as np, pandas as pd, pyarrow as pa
 from pyarrow import csv, fs, json as arrow_json, parquet
 
 from .config import UserError, digest, get_settings
+from .storage import locate
 
-# %% ../nbs/01_data.ipynb #0fc741e3
+# %% ../nbs/01_data.ipynb #cfb0d431
 def open_location(
     loc:str|Path, # path or URI of a table
 ) -> tuple[fs.FileSystem, str]:
     "The file system a location lies in and its path there. Raises: UserError where there is no such file."
-    loc = str(loc)
-    try:
-        if "://" in loc: filesystem, path = fs.FileSystem.from_uri(loc)
-        else: filesystem, path = fs.LocalFileSystem(), str(Path(loc).expanduser().absolute())
-        kind = filesystem.get_file_info(path).type
-    except (pa.ArrowInvalid, OSError) as error: raise UserError(f"{loc}: cannot be reached: {error}.") from None
+    filesystem, path = locate(loc)
+    try: kind = filesystem.get_file_info(path).type
+    except OSError as error: raise UserError(f"{loc}: cannot be reached: {error}.") from None
     if kind == fs.FileType.Directory: raise UserError(f"{loc}: is a directory.", "Give the file in it.")
     if kind != fs.FileType.File: raise UserError(f"{loc}: no such file.")
     return filesystem, path
@@ -280,20 +278,6 @@ def tokenize(
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids], dtype=np.int64)]).astype(np.int64)
     flat = np.fromiter((token for row in ids for token in row), dtype=np.int32, count=int(offsets[-1]))
     return Tokens(flat, offsets, np.full(len(texts), -1) if labels is None else np.asarray(labels, dtype=np.int64))
-
-# %% ../nbs/01_data.ipynb #bafdd840
-def to_arrow(tokens: Tokens) -> pa.Table:
-    "Tokenised rows as an Arrow table of `input_ids` (list of int32) and `label` (int64)."
-    lists = pa.LargeListArray.from_arrays(pa.array(tokens.offsets), pa.array(tokens.ids))
-    return pa.table({"input_ids": lists, "label": pa.array(tokens.labels)})
-
-def from_arrow(table: pa.Table) -> Tokens:
-    "The inverse of `to_arrow`, for one table or the pieces of one."
-    column = table["input_ids"].combine_chunks()
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    lengths = column.value_lengths().to_numpy(zero_copy_only=False)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-    return Tokens(column.flatten().to_numpy(), offsets, table["label"].to_numpy())
 
 # %% ../nbs/01_data.ipynb #a223d6b5
 def length_grouped_batches(

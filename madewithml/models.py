@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'pick_device', 'bf16_in_hardware', 'pick_precision', 'a
            'quiet_transformers', 'load_tokenizer', 'build_classifier', 'model_inputs', 'label_names', 'predict_tokens',
            'softmax', 'predict_proba', 'max_tokens', 'save_classifier', 'load_classifier']
 
-# %% ../nbs/03_models.ipynb #0b377450
+# %% ../nbs/03_models.ipynb #e75a542e
 import random, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from .config import UserError, atomic_path
 from .data import Tokens, pad_batch, tokenize
+from .storage import damage, seal
 
 # %% ../nbs/03_models.ipynb #0103751c
 def pick_device() -> torch.device:
@@ -171,7 +172,7 @@ def max_tokens(
     "Tokens of a text that the classifier was trained on; a saved tokenizer remembers it."
     return min(tokenizer.model_max_length, 8192)
 
-# %% ../nbs/03_models.ipynb #aca49ab4
+# %% ../nbs/03_models.ipynb #fe0a00a8
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".msgpack", ".h5")
 
 def save_classifier(
@@ -180,22 +181,24 @@ def save_classifier(
     folder:str|Path, # directory to make; replaced if it exists
     max_length:int, # tokens of a text it was trained on
 ) -> Path:
-    "Writes `config.json`, `model.safetensors` and the tokenizer's files in one step; returns the directory."
+    "Writes `config.json`, `model.safetensors`, the tokenizer's files and their digests in one step; returns the directory."
     tokenizer.model_max_length = max_length
     with atomic_path(folder) as temporary, quiet_transformers():
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        seal(temporary)
     return Path(folder)
 
 def load_classifier(
     folder:str|Path, # directory of a saved classifier
     device:torch.device|None=None, # None: the best there is
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    "The classifier, ready to predict, and its tokenizer. Raises: UserError for what is no such directory or holds pickled weights."
+    "The classifier, ready to predict, and its tokenizer. Raises: UserError for what is no such directory, does not match its digests or holds pickled weights."
     folder = Path(folder)
     if not (folder / "config.json").is_file(): raise UserError(f"{folder}: no classifier lies there (config.json is missing).")
     if pickled := sorted(file.name for file in folder.rglob("*") if file.suffix.lower() in _PICKLED):
         raise UserError(f"{folder}: holds pickled weights ({pickled[0]}), which can run code when opened.", "Convert them to safetensors.")
+    if wrong := damage(folder, sealed=False): raise UserError(f"{folder}: {wrong}.", "Get the classifier again, or remove digests.json if the change was meant.")
     try:
         with quiet_transformers():
             model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)

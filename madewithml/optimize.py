@@ -173,20 +173,21 @@ class FineTuning:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 
-# %% ../nbs/03_optimize.ipynb #1307ec18
+# %% ../nbs/03_optimize.ipynb #b26fa14a
 def validate(
     tuning:FineTuning, # the training in progress
     val:Tokens, # validation rows
 ) -> dict[str, float]:
-    "`val_loss` (mean cross-entropy) and `val_f1` (weighted) over all validation rows, the same on every worker."
+    "`val_loss` (mean cross-entropy), its standard error `val_loss_se` and `val_f1` (weighted) over all validation rows, the same on every worker."
     mine = np.arange(tuning.rank, len(val), tuning.world_size)
     offsets = np.concatenate([[0], np.cumsum(val.lengths[mine])]).astype(np.int64)
     ids = np.concatenate([val.row(i) for i in mine]) if len(mine) else val.ids[:0]
     logits = predict_tokens(tuning.model, Tokens(ids, offsets, val.labels[mine]), tuning.pad_id, tuning.precision)
     everything = np.zeros((len(val), logits.shape[1]), dtype=np.float32)
     for rank, part in enumerate(_gather(logits, tuning.world_size)): everything[rank::tuning.world_size] = part
-    loss = cross_entropy(torch.from_numpy(everything).double(), torch.tensor(val.labels)).item()
-    return {"val_loss": loss, "val_f1": float(f1_score(val.labels, everything.argmax(1), average="weighted", zero_division=0))}
+    losses = cross_entropy(torch.from_numpy(everything).double(), torch.tensor(val.labels), reduction="none").numpy()
+    return {"val_loss": float(losses.mean()), "val_loss_se": float(losses.std() / np.sqrt(len(losses))),
+            "val_f1": float(f1_score(val.labels, everything.argmax(1), average="weighted", zero_division=0))}
 
 def _gather(value, world_size: int) -> list:
     "The value of every worker, in the order of their ranks."
@@ -195,7 +196,7 @@ def _gather(value, world_size: int) -> list:
     dist.all_gather_object(gathered, value)
     return gathered
 
-# %% ../nbs/03_optimize.ipynb #59de4b27
+# %% ../nbs/03_optimize.ipynb #891a1423
 def run_epochs(
     tuning:FineTuning, # the training in progress
     train:Tokens, # training rows
@@ -217,14 +218,15 @@ def run_epochs(
 def best_epoch(
     history:list[EpochMetrics], # epochs done
 ) -> EpochMetrics:
-    "The epoch with the least validation loss."
-    return min(history, key=lambda metrics: metrics.val_loss)
+    "The last epoch whose validation loss is within one standard error of the least."
+    least = min(history, key=lambda metrics: metrics.val_loss)
+    return [metrics for metrics in history if metrics.val_loss <= least.val_loss + least.val_loss_se][-1]
 
 def stopped_early(
     history:list[EpochMetrics], # epochs done
     patience:int, # epochs without improvement that end training
 ) -> bool:
-    "Whether the last `patience` epochs were no better than the best before them."
+    "Whether the last `patience` epochs were worse than the best before them."
     return bool(history) and history[-1].epoch - best_epoch(history).epoch >= patience
 
 # %% ../nbs/03_optimize.ipynb #c3ae2f12

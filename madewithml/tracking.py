@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKPOINT', 'connect_mlflow', 'experiment_id', 'provenance', 'get_run', 'best_run_id', 'checkpoint_dir']
 
-# %% ../nbs/00_tracking.ipynb #d8110a27
+# %% ../nbs/00_tracking.ipynb #9c67eb63
 import logging, os, subprocess
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from .config import UserError, digest, get_settings
+from .storage import durable
 
 # %% ../nbs/00_tracking.ipynb #c377f254
 def connect_mlflow() -> mlflow.MlflowClient:
@@ -30,23 +31,25 @@ def connect_mlflow() -> mlflow.MlflowClient:
     mlflow.set_tracking_uri(settings.mlflow_uri)
     return mlflow.MlflowClient()
 
-# %% ../nbs/00_tracking.ipynb #ee94e0ac
+# %% ../nbs/00_tracking.ipynb #a760eba2
 def experiment_id(
     name:str, # MLflow experiment
 ) -> str:
-    "The experiment's id; it is made if missing, its artefacts under the storage root when no server keeps them."
+    "The experiment's id; it is made if missing, its artefacts in the shared location, else with the tracking server, else under the storage root."
     client = connect_mlflow()
     if found := client.get_experiment_by_name(name):
         if found.lifecycle_stage == "deleted": raise UserError(f"MLflow experiment {name!r} was deleted.", "Restore it or use another --experiment-name.")
         return found.experiment_id
-    settings = get_settings()
-    location = None if settings.tracking_uri else (settings.storage / "mlflow" / "artifacts" / digest(name)).as_uri()
+    settings, location = get_settings(), durable("mlflow", "artifacts", digest(name))
+    if settings.tracking_uri and not settings.shared: location = None  # the server keeps them
+    elif "://" not in location: location = Path(location).absolute().as_uri()
     return client.create_experiment(name, artifact_location=location)
 
-# %% ../nbs/00_tracking.ipynb #dd75af82
+# %% ../nbs/00_tracking.ipynb #777d1bc8
 @lru_cache(maxsize=1)
 def provenance() -> dict[str, str]:
-    "Git commit (with '-dirty' where files are changed) and lock digest of the checkout this package lies in, or 'unknown'."
+    "Git commit (with '-dirty' where files are changed) and lock digest of the checkout this package lies in, or of the one a job was sent from, or 'unknown'."
+    if commit := os.environ.get("MADEWITHML_GIT_COMMIT"): return {"git_commit": commit, "lock_digest": os.environ.get("MADEWITHML_LOCK_DIGEST", "unknown")}
     root = Path(__file__).parents[1]
     commit, lock = "unknown", root / "requirements.lock"
     if (root / ".git").exists():
