@@ -8,7 +8,7 @@ TORCH_BACKEND ?= auto
 export HF_HUB_OFFLINE ?= 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install run test test-notebooks test-slow lab export clean-notebooks readme lock dist clean help
+.PHONY: install run test test-notebooks test-slow test-faults lab export clean-notebooks readme lock dist clean help
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -29,6 +29,9 @@ test: install ## everything that must hold: notebooks in sync and clean, their t
 
 test-slow: install ## what takes minutes: a killed run, the wheel, cells marked slow
 	@$(BIN)/python -m pytest -m slow
+
+test-faults: install ## kill workers, nodes and drivers of a cluster at many points; half an hour
+	@$(BIN)/python -m pytest -m fault tests/system/test_faults.py
 
 lab: install ## open JupyterLab in nbs/
 	@cd nbs && ../$(BIN)/jupyter lab

@@ -28,7 +28,7 @@ setup(
     package_data={"madewithml.workloads": ["*.ipynb"], "madewithml.datasets": ["*.csv", "*.md"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={"dev": settings["dev_requirements"].split(), "s3": ["boto3>=1.35"]},
     entry_points={"console_scripts": settings["console_scripts"].split("\n")},
     zip_safe=False,
 )

@@ -34,7 +34,7 @@ def _ensure_token() -> None:
     done = subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"], env=cluster_env(), capture_output=True, text=True, check=False)
     if done.returncode: raise UserError(f"No Ray authentication token can be made: {done.stderr.strip().splitlines()[-1]}.", "Set RAY_AUTH_TOKEN_PATH to a file that you can write.")
 
-# %% ../nbs/12_cluster.ipynb #90ba995a
+# %% ../nbs/12_cluster.ipynb #0b48bcea
 def _start_node(name: str, options: list[str], host: str, temp: Path) -> int:
     "Starts a node as a session of processes of its own, with a temporary directory of its own; returns its process id."
     folder = _state_file().parent
@@ -51,9 +51,9 @@ def cluster_up(
     memory:int=512, # object store of each node, MB
     wait:float=60, # seconds to wait for each node
 ) -> dict[str, Any]:
-    "Starts the cluster and returns its state: addresses and nodes with their process ids. Raises: UserError."
-    if alive := [node for node in _read_state().get("nodes", []) if _alive(node)]:
-        raise UserError(f"A cluster of {len(alive)} node(s) runs already.", "Stop it with `madewithml cluster down`.")
+    "Starts the cluster, or the workers that one lost, and returns its state: addresses and nodes with their process ids. Raises: UserError."
+    if (state := _read_state()) and _alive(state["nodes"][0]): return _replace_lost(state, host, wait)
+    cluster_down()  # what a lost head left behind
     cpus = cpus or max(1, (os.cpu_count() or 1) // max(1, workers))
     _state_file().parent.mkdir(parents=True, exist_ok=True)
     _ensure_token()
@@ -73,11 +73,27 @@ def cluster_up(
 def _add_node(state: dict, name: str, options: list[str], host: str, wait: float) -> None:
     "Starts a node, writes down that it was, and waits until the head sees it."
     pid = _start_node(name, options, host, Path(state["temp"]))
-    state["nodes"].append({"name": name, "pid": pid, "started": psutil.Process(pid).create_time()})
+    state["nodes"].append({"name": name, "pid": pid, "started": psutil.Process(pid).create_time(), "options": options})
     write_json(_state_file(), state)
     _wait_for(state, wait)
 
-# %% ../nbs/12_cluster.ipynb #c2f6a23d
+def _replace_lost(state: dict, host: str, wait: float) -> dict[str, Any]:
+    "Starts the worker nodes again that ended or lost their raylet. Raises: UserError where none did."
+    lost = [node for node in state["nodes"][1:] if not _alive(node) or not _raylet(node)]
+    if not lost: raise UserError(f"A cluster of {len(state['nodes'])} node(s) runs already.", "Stop it with `madewithml cluster down`.")
+    for node in lost:
+        _stop([node], wait)
+        state["nodes"].remove(node)
+        _wait_for(state, wait)  # until the head has noticed
+        _add_node(state, node["name"], node["options"], host, wait)
+    return state
+
+def _raylet(node: dict) -> bool:
+    "Whether the node's scheduler runs."
+    try: return any(child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process(node["pid"]).children())
+    except psutil.NoSuchProcess: return False
+
+# %% ../nbs/12_cluster.ipynb #7e9b6037
 def _read_state() -> dict[str, Any]:
     "What the last `cluster_up` wrote; empty where there was none."
     return json.loads(_state_file().read_text()) if _state_file().is_file() else {}
@@ -91,7 +107,7 @@ def _alive(node: dict) -> bool:
 def _wait_for(state: dict, wait: float) -> None:
     "Waits until every node answers. Raises: UserError for a node that ended or did not come up."
     until = time.monotonic() + wait
-    while len(_nodes(state)) < len(state["nodes"]):
+    while len(_nodes(state)) != len(state["nodes"]):  # more while the head still counts a lost one
         ended = [node["name"] for node in state["nodes"] if not _alive(node)]
         if ended or time.monotonic() > until:
             log = _state_file().parent / f"{(ended or [state['nodes'][-1]['name']])[0]}.log"
@@ -111,7 +127,17 @@ def cluster_status() -> dict[str, Any]:
     if not state: raise UserError("No cluster was started from this storage root.", "Start one with `madewithml cluster up`.")
     seen = _nodes(state) if _alive(state["nodes"][0]) else []
     return {"address": state["address"], "dashboard": state["dashboard"], "nodes_seen": len(seen), "cpus": sum(node["cpus"] for node in seen),
-            "nodes": [{"name": node["name"], "pid": node["pid"], "running": _alive(node)} for node in state["nodes"]]}
+            "nodes": [{"name": node["name"], "pid": node["pid"], "running": _alive(node) and _raylet(node)} for node in state["nodes"]]}
+
+def _stop(nodes: list[dict], wait: float) -> None:
+    "Ends the nodes' processes: asks, waits, and kills what is left."
+    running = [psutil.Process(node["pid"]) for node in nodes if _alive(node)]
+    family = [process for one in running for process in [one, *one.children(recursive=True)]]
+    for process in running: process.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=wait)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess): process.kill()
+    psutil.wait_procs(left, timeout=5)
 
 def cluster_down(
     wait:float=15, # seconds to let the nodes end by themselves
@@ -119,12 +145,7 @@ def cluster_down(
     "Stops the nodes that were started here, workers first, and returns how many ran."
     state = _read_state()
     running = [node for node in reversed(state.get("nodes", [])) if _alive(node)]
-    family = [process for node in running for process in [psutil.Process(node["pid"]), *psutil.Process(node["pid"]).children(recursive=True)]]
-    for node in running: psutil.Process(node["pid"]).send_signal(signal.SIGTERM)
-    _, left = psutil.wait_procs(family, timeout=wait)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess): process.kill()
-    psutil.wait_procs(left, timeout=5)
+    _stop(running, wait)
     if state: shutil.rmtree(state["temp"], ignore_errors=True)
     _state_file().unlink(missing_ok=True)
     return len(running)

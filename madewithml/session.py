@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['worker_env', 'environment', 'ray_session']
 
-# %% ../nbs/00_session.ipynb #b8cde269
-import json, logging, os
+# %% ../nbs/00_session.ipynb #8b708ee0
+import json, logging, os, socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Set before ray is imported: it reads them then. Each silences a message that a user can do nothing about, or saves a background process.
 for _name, _value in {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
                       "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0",
+                      "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon a checkpoint is known to be there
                       "TOKENIZERS_PARALLELISM": "false", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}.items():
     os.environ.setdefault(_name, _value)
 # Who has a token of Ray shows it: a cluster that asks for one answers nobody else.
@@ -44,7 +45,7 @@ def _quiet() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
-# %% ../nbs/00_session.ipynb #8d109c1c
+# %% ../nbs/00_session.ipynb #1aa9a357
 _SAME = "MADEWITHML_WORKERS_HAVE"  # digest of the environment that the workers inherited
 
 @contextmanager
@@ -60,6 +61,13 @@ def environment(
             if value is None: os.environ.pop(name, None)
             else: os.environ[name] = value
 
+def _known_address() -> dict[str, str]:
+    "Where a private cluster will listen, for its own processes: where several run, the one that cleans up after a trial would ask the wrong one."
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    return {"RAY_GCS_SERVER_PORT": port, "RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}
+
 @contextmanager
 def ray_session(
     address:str|None=None, # cluster to join; None: `RAY_ADDRESS`, else a private one on this machine
@@ -74,9 +82,9 @@ def ray_session(
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     options = {"num_cpus": num_cpus, "include_dashboard": dashboard} if address == "local" else {}
     try:
-        with environment(worker_env() | {_SAME: digest(worker_env())} if address == "local" else {}):
+        with environment(worker_env() | {_SAME: digest(worker_env())} | (_known_address() if dashboard else {}) if address == "local" else {}):
             given = os.environ.get(_SAME) == digest(worker_env()) or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # a job's workers get what the job got
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=None if given else {"env_vars": worker_env()}, **options)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=None if given else {"env_vars": worker_env() | ({} if address in ("local", "auto") else {"RAY_ADDRESS": address})}, **options)
             _quiet()
             yield ray.get_runtime_context().gcs_address
     except (ConnectionError, TimeoutError) as error:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['stage', 'job_env', 'submit']
 
-# %% ../nbs/12_submit.ipynb #f3096276
+# %% ../nbs/12_submit.ipynb #1b9ede37
 import asyncio, logging, os, shlex, shutil, tempfile, time
 from pathlib import Path
 
 from .session import worker_env
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from .cluster import cluster_of
@@ -53,7 +54,7 @@ def job_env(
     return mine | ({} if "://" in storage else {"MADEWITHML_STORAGE": storage, "MADEWITHML_RESULTS": f"{storage}/job-results"}) | {
         "MADEWITHML_SHARED": shared, "PYTHONUNBUFFERED": "1", "MADEWITHML_GIT_COMMIT": provenance()["git_commit"], "MADEWITHML_LOCK_DIGEST": provenance()["lock_digest"]}
 
-# %% ../nbs/12_submit.ipynb #f6f0ba1a
+# %% ../nbs/12_submit.ipynb #745dc27a
 def submit(
     workload:str, # 'run', or the name of a workload notebook
     args:list[str], # its options
@@ -85,7 +86,7 @@ def _connect(dashboard: str) -> JobSubmissionClient:
     "A client of the Jobs API. Raises: UserError where none answers or the token is refused."
     for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging"): logging.getLogger(name).setLevel(logging.WARNING)
     try: return JobSubmissionClient(dashboard)
-    except (ConnectionError, RuntimeError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError) as error:
         raise UserError(f"No Ray cluster takes jobs at {dashboard}: {str(error).splitlines()[0]}", "Mend --address, or the token that RAY_AUTH_TOKEN_PATH names.") from None
 
 async def _follow(client: JobSubmissionClient, job_id: str) -> None:

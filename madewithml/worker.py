@@ -21,7 +21,7 @@ from .optimize import FineTuning, best_epoch, label_weights, num_steps, run_epoc
 from .results import EpochMetrics
 from .storage import damage, seal
 
-# %% ../nbs/03_worker.ipynb #b9b34d2f
+# %% ../nbs/03_worker.ipynb #f879cddb
 CLASSIFIER, STATE, HISTORY = "classifier", "training_state.pt", "history.json"
 
 def train_loop(
@@ -50,6 +50,8 @@ def train_loop(
             if rank == 0: _save_checkpoint(folder, tuning, tokenizer, job.max_length, history)
             kept = metrics.epoch if best_epoch(history) is metrics else 0
             ray.train.report(metrics.model_dump() | {"kept": kept}, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
+        # waits until the controller has it: whoever is killed from here on has this epoch behind him
+        ray.train.get_all_reported_checkpoints(ray.train.CheckpointConsistencyMode.COMMITTED)
         events.epoch(history)
     events.epoch(history)
 

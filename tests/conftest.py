@@ -49,3 +49,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     assert done.returncode == 0, done.stdout + done.stderr
     (folder / "stdout.txt").write_text(done.stdout, encoding="utf-8")
     return Run(folder)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The table of the fault tests, where they ran."""
+    faults = sys.modules.get("tests.system.test_faults")
+    if faults and (table := faults.summary()):
+        terminalreporter.section("faults")
+        terminalreporter.write_line(table)
