@@ -46,6 +46,20 @@ def test_bad_option(args: list[str], said: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("args", "said"), [
+    (["tune", "--dataset-loc", str(ROOT / "datasets" / "dataset.csv"), "--search-space", '{"speed": {"choice": [1]}}'], "'speed'"),
+    (["tune", "--dataset-loc", str(ROOT / "datasets" / "dataset.csv"), "--initial-params", '[{"patience": 1}]'], "'patience' is not searched"),
+    (["submit", "train"], "No cluster is named"),
+    (["submit", "no-such-workload"], "There is no workload"),
+    (["cluster", "status"], "No cluster was started"),
+    (["workload", "train", "--", "--epochs", "2"], "has no option '--epochs'"),
+], ids=["search space", "initial point", "no cluster", "no workload", "no cluster up", "workload option"])
+def test_told_in_one_line(args: list[str], said: str, tmp_path: Path) -> None:
+    done = run_cli(*args, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("Error: ") and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_setting(tmp_path: Path) -> None:
     done = run_cli("report", cwd=tmp_path, MADEWITHML_MAX_LENGTH="many")
     assert done.returncode == 2 and "max_length" in done.stderr and done.stderr.count("\n") == 1
