@@ -27,7 +27,8 @@ test: install ## everything that must hold: notebooks in sync and clean, their t
 	@$(BIN)/python tools/check.py
 	@$(BIN)/python -m pytest -m "not slow and not fault"
 
-test-slow: install ## what takes minutes: a killed run, the wheel, cells marked slow
+test-slow: install ## what takes minutes: a killed run, the wheel, a cluster, cells marked slow
+	@$(BIN)/python tools/check.py --slow
 	@$(BIN)/python -m pytest -m slow
 
 test-faults: install ## kill workers, nodes and drivers of a cluster at many points; half an hour

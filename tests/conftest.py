@@ -1,11 +1,14 @@
 """What the tests share: one run of the whole pipeline, made by the command line as a user calls it."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +21,22 @@ def run_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> subp
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **variables}
     command = [str(Path(sys.executable).with_name("madewithml")), *args]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def kill_cli(*args: str, cwd: Path, at: str, linger: float = 0, **variables: str) -> None:
+    """Runs `madewithml ARGS` and kills it (-9) `linger` seconds after a line with `at` shows; returns when its children have noticed."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **variables}
+    command = [str(Path(sys.executable).with_name("madewithml")), *args]
+    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+        family = []
+        for line in process.stdout:
+            if at in line:
+                time.sleep(linger)
+                family = psutil.Process(process.pid).children(recursive=True)
+                break
+        process.send_signal(signal.SIGKILL)
+    _, left = psutil.wait_procs(family, timeout=30)
+    assert not left, left  # nothing stays behind
 
 
 @dataclass

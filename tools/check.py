@@ -57,9 +57,15 @@ def out_of_sync() -> list[Path]:
         return [path for path in both if not ((ROOT / path).is_file() and (copy / path).is_file() and filecmp.cmp(ROOT / path, copy / path, shallow=False))]
 
 
-def test_notebooks() -> int:
-    """Runs the cells of the stage notebooks that are not marked slow; returns the exit code."""
-    code = "import sys; sys.argv = sys.argv[:1]; from nbdev.test import nbdev_test; nbdev_test(n_workers=2, timing=True)"
+def slow_notebooks() -> str:
+    """Pattern of the stage notebooks that have a cell marked slow."""
+    return "|".join(path.stem for path in sorted((ROOT / "nbs").glob("*.ipynb")) if '"#| slow' in path.read_text(encoding="utf-8"))
+
+
+def test_notebooks(slow: bool) -> int:
+    """Runs the cells of the stage notebooks that are not marked slow, or those that have such cells with them; returns the exit code."""
+    chosen = f"flags='slow', file_re='{slow_notebooks()}', n_workers=1" if slow else "n_workers=2"
+    code = f"import sys; sys.argv = sys.argv[:1]; from nbdev.test import nbdev_test; nbdev_test({chosen}, timing=True)"
     with tempfile.TemporaryDirectory() as work:
         variables = {"MADEWITHML_STORAGE": f"{work}/storage", "MADEWITHML_RESULTS": f"{work}/results", "OMP_WAIT_POLICY": "PASSIVE"}
         return subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=os.environ | variables, check=False).returncode
@@ -69,13 +75,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fix", action="store_true", help="export, clean and write README.md")
     parser.add_argument("--no-run", action="store_true", help="do not run the notebooks' tests")
+    parser.add_argument("--slow", action="store_true", help="run the notebooks that have cells marked slow, with these")
     options = parser.parse_args()
     if options.fix:
         generate(ROOT)
         sys.exit()
+    if options.slow:
+        sys.exit(test_notebooks(slow=True))
     if wrong := out_of_sync():
         print("Not in sync with the notebooks, or not clean:", *(f"  {path}" for path in wrong), "Run `make export` and look at the difference.", sep="\n")
         sys.exit(1)
     print("Modules, notebooks and README.md are in sync.", flush=True)
     if not options.no_run:
-        sys.exit(test_notebooks())
+        sys.exit(test_notebooks(slow=False))

@@ -1,10 +1,5 @@
 """Tuning, a cluster of several nodes, a job sent to it, and a bucket for what must outlive a machine."""
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +10,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from madewithml.results import RESULTS
-from tests.conftest import ROOT, run_cli
+from tests.conftest import ROOT, kill_cli, run_cli
 
 pytestmark = pytest.mark.slow
 
@@ -70,14 +65,7 @@ def test_a_stranger_is_refused(cluster: Path) -> None:
 def test_killed_search_goes_on_from_the_finished_trials(tmp_path: Path) -> None:
     space = '{"lr": {"loguniform": [1e-5, 1e-3]}, "batch_size": {"choice": [8, 16]}}'
     command = ["tune", "--dataset-loc", DATASET, "--search-space", space, "--num-runs", "4", "--search-name", "mine", *SMALL]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen([str(Path(sys.executable).with_name("madewithml")), *command], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True) as process:
-        for line in process.stdout:
-            if line.startswith("trial 2/"):
-                break
-        process.send_signal(signal.SIGKILL)
-    time.sleep(5)  # Ray's processes see that their driver is gone
+    kill_cli(*command, cwd=tmp_path, at="trial 2/")
     done = run_cli(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\ntrial ") + done.stdout.startswith("trial ") <= 2, done.stdout  # the first two were not run again
@@ -133,14 +121,7 @@ def test_everything_that_must_last_lies_in_the_bucket(bucket: str, tmp_path: Pat
 
 def test_killed_training_resumes_from_the_bucket(bucket: str, tmp_path: Path) -> None:
     command = ["train", "--dataset-loc", DATASET, "--num-epochs", "3", "--num-samples", "120", "--results-fp", "train.json"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "MADEWITHML_SHARED": bucket}
-    with subprocess.Popen([str(Path(sys.executable).with_name("madewithml")), *command], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True) as process:
-        for line in process.stdout:
-            if line.startswith("epoch 2/"):
-                break
-        process.send_signal(signal.SIGKILL)
-    time.sleep(5)
+    kill_cli(*command, cwd=tmp_path, at="epoch 2/", MADEWITHML_SHARED=bucket)
     done = run_cli(*command, cwd=tmp_path, MADEWITHML_SHARED=bucket)
     assert done.returncode == 0, done.stderr
     assert "epoch 1/3" not in done.stdout and "epoch 3/3" in done.stdout

@@ -1,17 +1,14 @@
 """What takes minutes: a run killed at any moment, the wheel in an empty environment."""
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_cli
+from tests.conftest import ROOT, kill_cli, run_cli
 
 pytestmark = pytest.mark.slow
 
@@ -34,15 +31,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("moment", ["▶ validate", "epoch 1/", "▶ evaluate", "▶ register"])
 def test_killed_run_ends_in_the_same_report(moment: str, undisturbed: str, tmp_path: Path) -> None:
     """kill -9 shortly after `moment` shows on the terminal; the same command then ends in the same report."""
-    command = [str(Path(sys.executable).with_name("madewithml")), "run", "--num-epochs", "2"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
-        for line in process.stdout:
-            if moment in line:
-                time.sleep(random.Random(moment).uniform(0.5, 4))  # noqa: S311
-                break
-        process.send_signal(signal.SIGKILL)
-    time.sleep(5)  # the kernels and Ray's processes see that their parent is gone
+    kill_cli("run", "--num-epochs", "2", cwd=tmp_path, at=moment, linger=random.Random(moment).uniform(0.5, 4))  # noqa: S311
     done = run_cli("run", "--num-epochs", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert report_of(tmp_path) == undisturbed
