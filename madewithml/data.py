@@ -122,7 +122,7 @@ def read_labeled(
     if len(counts) < 2 and min_rows > 1: raise UserError(f"{loc}: there is only one label, {counts.idxmin()!r}; nothing to learn.")
     return rows
 
-# %% ../nbs/01_data.ipynb #2fba2881
+# %% ../nbs/01_data.ipynb #fa389f0a
 def stream_table(
     loc:str|Path, # CSV, Parquet or JSON lines, path or URI
 ):
@@ -130,7 +130,9 @@ def stream_table(
     filesystem, path = open_location(loc)
     kind, settings = table_format(loc), get_settings()
     from madewithml.session import ray  # quiet from its first import
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.use_datasource_v2 = False  # the newer Parquet reader lists files in a task that wants a whole CPU, and waits for ever where actors have them all
     read = {"csv": ray.data.read_csv, "parquet": ray.data.read_parquet, "json": ray.data.read_json}[kind]
     options = csv_options() if kind == "csv" else {}
     dataset = read(path, filesystem=filesystem, file_extensions=None, num_cpus=0.1, **options)
