@@ -268,7 +268,7 @@ class Tokens:
         "Token ids of row `i`."
         return self.ids[self.offsets[i]:self.offsets[i + 1]]
 
-# %% ../nbs/01_data.ipynb #0f464063
+# %% ../nbs/01_data.ipynb #fd5f4f56
 def tokenize(
     texts:list[str], # texts of the rows
     tokenizer, # a fast Hugging Face tokenizer
@@ -276,10 +276,13 @@ def tokenize(
     labels:np.ndarray|None=None, # label ids; None: unlabelled
 ) -> Tokens:
     "The rows' token ids, cut to `max_length`, not padded."
-    ids = tokenizer(texts, truncation=True, max_length=max_length, padding=False, return_attention_mask=False)["input_ids"] if texts else []
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids], dtype=np.int64)]).astype(np.int64)
-    flat = np.fromiter((token for row in ids for token in row), dtype=np.int32, count=int(offsets[-1]))
-    return Tokens(flat, offsets, np.full(len(texts), -1) if labels is None else np.asarray(labels, dtype=np.int64))
+    flat, lengths = [np.empty(0, dtype=np.int32)], [np.empty(0, dtype=np.int64)]
+    for begin in range(0, len(texts), 4096):  # in parts: what the tokenizer returns takes a hundred times the memory of the ids in it
+        ids = tokenizer(texts[begin:begin + 4096], truncation=True, max_length=max_length, padding=False, return_attention_mask=False)["input_ids"]
+        lengths.append(np.array([len(row) for row in ids], dtype=np.int64))
+        flat.append(np.fromiter((token for row in ids for token in row), dtype=np.int32, count=int(lengths[-1].sum())))
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    return Tokens(np.concatenate(flat), offsets, np.full(len(texts), -1) if labels is None else np.asarray(labels, dtype=np.int64))
 
 # %% ../nbs/01_data.ipynb #a223d6b5
 def length_grouped_batches(
