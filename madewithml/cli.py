@@ -6,7 +6,7 @@
 __all__ = ['app', 'cluster', 'run', 'validate', 'train', 'tune', 'evaluate', 'predict', 'register', 'get_best_run_id', 'report',
            'workload', 'submit', 'up', 'status', 'down', 'version', 'main']
 
-# %% ../nbs/13_cli.ipynb #7913fa22
+# %% ../nbs/13_cli.ipynb #db0be273
 import json, sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -14,9 +14,9 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .config import CheckFailed, TrainConfig, UserError, get_settings, packaged_dir, parse_train_config, write_json
+from .config import CheckFailed, TrainConfig, UserError, get_settings, packaged_dir, parse_train_config, workload_notebook, write_json
 
-# %% ../nbs/13_cli.ipynb #f852c02c
+# %% ../nbs/13_cli.ipynb #867b3a58
 app = typer.Typer(name="madewithml", help="From a labelled table to a tested, registered text classifier.", no_args_is_help=True,
                   pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None)
 
@@ -25,6 +25,8 @@ def _option(help: str, *names: str, **kwargs): return typer.Option(*names, help=
 # Options that several commands share.
 _Table = Annotated[str, _option("labelled table: path or URI of CSV, Parquet or JSON lines", "--dataset-loc")]
 _RunId = Annotated[str, _option("MLflow run that trained the classifier", "--run-id")]
+_RunName = Annotated[str, _option("directory of the results, under the results root", "--run-name")]
+_Address = Annotated[Optional[str], _option("Ray cluster [default: RAY_ADDRESS, else one on this machine]", "--address")]
 _Results = Annotated[Optional[Path], _option("JSON file to write the results to", "--results-fp")]
 _Experiment = Annotated[Optional[str], _option("MLflow experiment [default: the setting]", "--experiment-name")]
 _Loop = Annotated[str, _option("hyperparameters as a JSON object, or @FILE that holds one; fields: " + ", ".join(TrainConfig.model_fields), "--train-loop-config")]
@@ -46,16 +48,16 @@ def _report(results, results_fp: Path|None, show: object) -> None:
         write_results(results, results_fp)
     typer.echo(json.dumps(show, indent=2, ensure_ascii=False))
 
-# %% ../nbs/13_cli.ipynb #c9d68589
+# %% ../nbs/13_cli.ipynb #0143b872
 @app.command()
 def run(
     dataset_loc: Annotated[Optional[str], _option("labelled table to learn from [default: the embedded one]", "--dataset-loc")] = None,
     holdout_loc: Annotated[Optional[str], _option("labelled table to judge on [default: the embedded one; of another table a fifth is held out]", "--holdout-loc")] = None,
     predict_loc: Annotated[Optional[str], _option("table to predict [default: the embedded unlabelled one, else the holdout]", "--predict-loc")] = None,
-    run_name: Annotated[str, _option("directory of the results, under the results root", "--run-name")] = "main",
+    run_name: _RunName = "main",
     force: Annotated[bool, _option("run every workload even if nothing changed", "--force")] = False,
     compare: Annotated[Optional[Path], _option("results directory to compare with in the report", "--compare")] = None,
-    address: Annotated[Optional[str], _option("Ray cluster [default: RAY_ADDRESS, else one on this machine]", "--address")] = None,
+    address: _Address = None,
     experiment_name: _Experiment = None, train_loop_config: _Loop = "{}", num_workers: _Workers = 1, cpu_per_worker: _Cpus = None, gpu_per_worker: _Gpus = 0,
     num_samples: _Samples = None, num_epochs: _Epochs = None, batch_size: _Batch = None, llm: _Llm = None, precision: _Precision = "auto", seed: _Seed = None,
     max_length: _Length = None,
@@ -183,7 +185,7 @@ def predict(
     results = predict_table(run_id, dataset_loc, output, threshold)
     _report(results, results_fp, results.model_dump(exclude={"timestamp"}))
 
-# %% ../nbs/13_cli.ipynb #90bd892e
+# %% ../nbs/13_cli.ipynb #3c5bb051
 @app.command()
 def register(
     run_id: _RunId,
@@ -207,23 +209,23 @@ def get_best_run_id(
 
 @app.command()
 def report(
-    run_name: Annotated[str, _option("directory of the results, under the results root", "--run-name")] = "main",
+    run_name: _RunName = "main",
     compare: Annotated[Optional[Path], _option("results directory to compare with", "--compare")] = None,
 ) -> None:
     "Write a run's report again, say to compare it with another run."
     from madewithml.report import write_report
     _show_report(write_report(get_settings().results / run_name, compare))
 
-# %% ../nbs/13_cli.ipynb #697f27ec
+# %% ../nbs/13_cli.ipynb #d5b78506
 @app.command(context_settings={"ignore_unknown_options": True})
 def workload(
     name: Annotated[str, typer.Argument(help="workload notebook: validate, train, tune, evaluate, predict, register")],
     args: Annotated[Optional[list[str]], typer.Argument(help="its parameters as options, after --")] = None,
-    run_name: Annotated[str, _option("directory of the results, under the results root", "--run-name")] = "main",
-    address: Annotated[Optional[str], _option("Ray cluster [default: RAY_ADDRESS, else one on this machine]", "--address")] = None,
+    run_name: _RunName = "main",
+    address: _Address = None,
 ) -> None:
     "Run one workload notebook with papermill."
-    if not (packaged_dir("workloads") / f"{name}.ipynb").is_file(): raise UserError(f"There is no workload {name!r}.")
+    workload_notebook(name)
     from madewithml.pipeline import run_alone
     typer.echo(run_alone(name, args or [], run_name, address))
 

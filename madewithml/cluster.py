@@ -5,40 +5,33 @@
 # %% auto #0
 __all__ = ['cluster_env', 'cluster_up', 'cluster_status', 'cluster_down', 'cluster_of']
 
-# %% ../nbs/12_cluster.ipynb #09244e29
-import contextlib, json, os, shutil, signal, socket, subprocess, sys, tempfile, time
+# %% ../nbs/12_cluster.ipynb #63df764f
+import contextlib, json, os, shutil, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 from typing import Any
 
-from .session import worker_env
+from .session import free_ports, worker_env
 import psutil
 
 from .config import UserError, get_settings, write_json
 
-# %% ../nbs/12_cluster.ipynb #58a0b62c
+# %% ../nbs/12_cluster.ipynb #3fa79f99
 def _state_file() -> Path: return get_settings().storage / "cluster" / "state.json"
-
-def _free_ports(count: int) -> list[int]:
-    "Ports of the loopback address that nobody uses now."
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets: one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 def cluster_env() -> dict[str, str]:
     "Environment of the nodes, and of whoever talks to them: Ray's token authentication on."
-    return {**os.environ, "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    return {**os.environ, "RAY_AUTH_MODE": "token", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 def _ensure_token() -> None:
     "Makes the token of this user if there is none."
     done = subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"], env=cluster_env(), capture_output=True, text=True, check=False)
     if done.returncode: raise UserError(f"No Ray authentication token can be made: {done.stderr.strip().splitlines()[-1]}.", "Set RAY_AUTH_TOKEN_PATH to a file that you can write.")
 
-# %% ../nbs/12_cluster.ipynb #0b48bcea
+# %% ../nbs/12_cluster.ipynb #1062aefa
 def _start_node(name: str, options: list[str], host: str, temp: Path) -> int:
     "Starts a node as a session of processes of its own, with a temporary directory of its own; returns its process id."
     folder = _state_file().parent
-    agent, metrics = _free_ports(2)
+    agent, metrics = free_ports(2)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", f"--node-ip-address={host}", "--include-log-monitor=false",
                f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}", f"--temp-dir={temp / name}", *options]
     with (folder / f"{name}.log").open("w") as log:
@@ -57,7 +50,7 @@ def cluster_up(
     cpus = cpus or max(1, (os.cpu_count() or 1) // max(1, workers))
     _state_file().parent.mkdir(parents=True, exist_ok=True)
     _ensure_token()
-    port, dashboard, client = _free_ports(3)
+    port, dashboard, client = free_ports(3)
     store = f"--object-store-memory={memory * 1_000_000}"
     head = ["--head", f"--port={port}", f"--dashboard-host={host}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}", "--num-cpus=0", "--num-gpus=0", store]
     state = {"address": f"{host}:{port}", "dashboard": f"http://{host}:{dashboard}", "temp": tempfile.mkdtemp(prefix="ray-"), "nodes": []}

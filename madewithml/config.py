@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'CheckFailed', 'Settings', 'get_settings', 'TrainConfig', 'parse_train_config', 'packaged_dir',
-           'atomic_path', 'write_json', 'digest', 'get_logger']
+           'workload_notebook', 'atomic_path', 'write_json', 'digest', 'get_logger']
 
 # %% ../nbs/00_config.ipynb #9453f8de
 import hashlib, json, logging, os, shutil, uuid
@@ -130,6 +130,15 @@ def packaged_dir(
     checkout = root / {"datasets": "datasets", "workloads": "nbs/workloads"}[name]
     if (root / "settings.ini").is_file(): return checkout
     return Path(str(resources.files("madewithml") / name))
+
+# %% ../nbs/00_config.ipynb #f99fcf54
+def workload_notebook(
+    name:str, # of the workload
+) -> Path:
+    "Where the notebook of a workload lies. Raises: UserError where there is none of that name."
+    notebooks = {path.stem: path for path in packaged_dir("workloads").glob("*.ipynb")}
+    if name not in notebooks: raise UserError(f"There is no workload {name!r}.", f"There are: {', '.join(sorted(notebooks))}.")
+    return notebooks[name]
 
 # %% ../nbs/00_config.ipynb #5ef50a38
 @contextmanager

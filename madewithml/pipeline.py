@@ -6,7 +6,7 @@
 __all__ = ['Workload', 'package_digest', 'fingerprint', 'run_workload', 'workloads_of', 'run_pipeline', 'parse_parameters',
            'run_alone']
 
-# %% ../nbs/12_pipeline.ipynb #380df438
+# %% ../nbs/12_pipeline.ipynb #0a6b72ca
 import ast, json, logging, os, re, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,12 +18,12 @@ from .session import environment, ray_session, worker_env
 import nbformat, papermill
 from papermill.exceptions import PapermillExecutionError
 
-from .config import CheckFailed, UserError, atomic_path, digest, get_logger, get_settings, packaged_dir, write_json
+from .config import CheckFailed, UserError, atomic_path, digest, get_logger, get_settings, packaged_dir, workload_notebook, write_json
 from .data import open_location, read_labeled, stratified_split, table_digest
 from .report import write_report
 from .storage import copy_tree, durable, exists
 
-# %% ../nbs/12_pipeline.ipynb #44ab9795
+# %% ../nbs/12_pipeline.ipynb #f794ddee
 @dataclass
 class Workload:
     "A notebook to run, with what goes in and what comes out."
@@ -35,7 +35,7 @@ class Workload:
     @property
     def notebook(self) -> Path:
         "Where it lies."
-        return packaged_dir("workloads") / f"{self.name}.ipynb"
+        return workload_notebook(self.name)
 
 def package_digest() -> str:
     "Digest of the package's code."
@@ -116,7 +116,7 @@ def workloads_of(
         lambda: Workload("register", {"run_id": run_id()}),
     ]
 
-# %% ../nbs/12_pipeline.ipynb #dcba2afc
+# %% ../nbs/12_pipeline.ipynb #b985acc0
 def run_pipeline(
     dataset_loc:str|Path, # labelled table to learn from
     holdout_loc:str|Path|None=None, # labelled table to judge on; None: a fifth of the first is held out
@@ -132,9 +132,8 @@ def run_pipeline(
     dataset, holdout = _tables(str(dataset_loc), holdout_loc, folder)
     predict_loc = str(predict_loc or holdout)
     open_location(predict_loc)
-    _pass_on_output()
     def trained() -> str: return json.loads((folder / "train.json").read_text())["run_id"]
-    with _shared_results(folder), ray_session(address) as cluster, environment(worker_env() | {"RAY_ADDRESS": cluster}):
+    with _ready_for_workloads(folder, address):
         for make in workloads_of(folder, dataset, holdout, predict_loc, {name: value for name, value in train.items() if value is not None}, trained):
             workload, begin = make(), time.perf_counter()
             print(f"▶ {workload.name}", flush=True)
@@ -142,6 +141,12 @@ def run_pipeline(
             print(f"  {f'done in {time.perf_counter() - begin:.0f} s' if ran else 'unchanged, results stand'}", flush=True)
             get_logger().debug(f"workload {workload.name}: {'ran' if ran else 'stands'}")
         return write_report(folder, before)
+
+@contextmanager
+def _ready_for_workloads(folder: Path, address: str|None, dashboard: bool = False) -> Iterator[None]:
+    "Results that are shared, output that is passed on, and a Ray session that the notebooks' kernels find."
+    _pass_on_output()
+    with _shared_results(folder), ray_session(address, dashboard=dashboard) as cluster, environment(worker_env() | {"RAY_ADDRESS": cluster}): yield
 
 @contextmanager
 def _shared_results(folder: Path) -> Iterator[None]:
@@ -164,7 +169,7 @@ def _tables(dataset_loc: str, holdout_loc: str|Path|None, folder: Path) -> tuple
         with atomic_path(path) as temporary: part.to_csv(temporary, index=False)
     return str(paths[0]), str(paths[1])
 
-# %% ../nbs/12_pipeline.ipynb #c9a567fd
+# %% ../nbs/12_pipeline.ipynb #f4b11142
 def parse_parameters(
     workload:str, # name of the notebook
     args:list[str], # '--name', 'value', …
@@ -190,7 +195,6 @@ def run_alone(
 ) -> Path:
     "Runs one workload notebook and returns its results. Raises: UserError, CheckFailed."
     todo, folder = Workload(workload, parse_parameters(workload, args)), get_settings().results / run_name
-    _pass_on_output()
-    with _shared_results(folder), ray_session(address, dashboard=workload == "tune") as cluster, environment(worker_env() | {"RAY_ADDRESS": cluster}):
+    with _ready_for_workloads(folder, address, dashboard=workload == "tune"):
         run_workload(todo, folder, force=True)
     return folder / f"{workload}.json"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['decide', 'Predictor', 'predict_table', 'predict_with']
 
-# %% ../nbs/07_predict.ipynb #c69203d7
+# %% ../nbs/07_predict.ipynb #491ddf8a
 import os, tempfile, time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from .config import UserError, get_settings
 from .data import join_text, row_texts, stream_table, table_format, told_plainly
 from .models import label_names, load_classifier, pick_precision, predict_proba
 from .results import PredictResults
+from .storage import locate
 from .tracking import checkpoint_dir
 
 # %% ../nbs/07_predict.ipynb #ca6129a4
@@ -77,15 +78,14 @@ class _Actor:
         for i, label in enumerate(self.predictor.labels): table = table.append_column(f"probability_{label}", pa.array(probabilities[:, i].astype(np.float32)))
         return table
 
-# %% ../nbs/07_predict.ipynb #92570ac6
+# %% ../nbs/07_predict.ipynb #228f36d1
 @contextmanager
 def _writer(output: str|Path, schema: pa.Schema) -> Iterator[Any]:
     "A CSV or Parquet writer for `output`, a path or URI; the file appears under its name when it is whole."
     kind = table_format(output)
     if kind == "json": raise UserError(f"{output}: predictions are written as CSV or Parquet.")
-    local = "://" not in str(output)
-    filesystem, path = (fs.LocalFileSystem(), str(Path(output).absolute())) if local else fs.FileSystem.from_uri(str(output))
-    if local: Path(path).parent.mkdir(parents=True, exist_ok=True)
+    filesystem, path = locate(output)
+    if isinstance(filesystem, fs.LocalFileSystem): Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with filesystem.open_output_stream(temporary) as file, (csv.CSVWriter if kind == "csv" else parquet.ParquetWriter)(file, schema) as writer: yield writer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stage', 'job_env', 'submit']
 
-# %% ../nbs/12_submit.ipynb #1b9ede37
+# %% ../nbs/12_submit.ipynb #16fc45c0
 import asyncio, logging, os, shlex, shutil, tempfile, time
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from .cluster import cluster_of
-from .config import CheckFailed, UserError, digest, get_logger, get_settings, packaged_dir
+from .config import CheckFailed, UserError, digest, get_logger, get_settings, packaged_dir, workload_notebook
 from .storage import copy_tree, exists
 from .tracking import provenance
 
@@ -54,7 +54,7 @@ def job_env(
     return mine | ({} if "://" in storage else {"MADEWITHML_STORAGE": storage, "MADEWITHML_RESULTS": f"{storage}/job-results"}) | {
         "MADEWITHML_SHARED": shared, "PYTHONUNBUFFERED": "1", "MADEWITHML_GIT_COMMIT": provenance()["git_commit"], "MADEWITHML_LOCK_DIGEST": provenance()["lock_digest"]}
 
-# %% ../nbs/12_submit.ipynb #745dc27a
+# %% ../nbs/12_submit.ipynb #f8872905
 def submit(
     workload:str, # 'run', or the name of a workload notebook
     args:list[str], # its options
@@ -62,8 +62,7 @@ def submit(
     run_name:str="main", # directory of the results, there and here
 ) -> int:
     "Runs the workload on the cluster and returns its exit code; results and executed notebooks lie under the results root then. Raises: UserError."
-    names = sorted(path.stem for path in packaged_dir("workloads").glob("*.ipynb"))
-    if workload not in ("run", *names): raise UserError(f"There is no workload {workload!r}.", f"There are: run, {', '.join(names)}.")
+    if workload != "run": workload_notebook(workload)
     dashboard, own = cluster_of(address or os.environ.get("RAY_ADDRESS"))
     environment = job_env(own)
     client = _connect(dashboard)

@@ -6,8 +6,8 @@
 __all__ = ['SEARCH_SPACE', 'parse_search_space', 'parse_initial_params', 'run_trial', 'epochs_behind', 'child_run', 'status_of',
            'end_child', 'tune_model', 'open_search', 'importance', 'plot_trials', 'plot_parallel']
 
-# %% ../nbs/05_tune.ipynb #88288b68
-import dataclasses, json, math, os, re
+# %% ../nbs/05_tune.ipynb #8f6df5ce
+import dataclasses, json, math, os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from typing import Any
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 from .session import ray_session
 import matplotlib.pyplot as plt, numpy as np, optuna, yaml
-from mlflow.entities import Metric, Param
+from mlflow.entities import Param
 from optuna.samplers import TPESampler
 from pyarrow import fs
 from pydantic import ValidationError
@@ -26,15 +26,16 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from .config import TrainConfig, UserError, digest, get_logger
+from .data import Tokens
 from .job import TrainJob
 from .optimize import best_epoch, stopped_early
 from .results import EpochMetrics, Trial, TuneResults
 from .storage import damage, durable, locate, remove_tree
-from .tracking import CHECKPOINT, connect_mlflow, experiment_id, provenance
+from .tracking import CHECKPOINT, begin_run, connect_mlflow, experiment_id, log_best, provenance
 from .train import log_history, make_job, make_trainer, place, prepare_rows
 from .worker import CLASSIFIER, HISTORY
 
-# %% ../nbs/05_tune.ipynb #cf8b6b7b
+# %% ../nbs/05_tune.ipynb #6fae9c86
 SEARCH_SPACE = {
     "lr": {"loguniform": [5e-5, 5e-4]},
     "batch_size": {"choice": [8, 16, 32]},
@@ -52,26 +53,33 @@ def parse_search_space(
     fix = f'Write {{"lr": {{"loguniform": [1e-5, 1e-3]}}}}; kinds: {", ".join(_KINDS)}; hyperparameters: {", ".join(TrainConfig.model_fields)}.'
     try:
         if text.startswith("@"): text = Path(text[1:]).read_text(encoding="utf-8")
-        space = yaml.safe_load(re.sub(r"(?<![\w.])(\d+)(e[+-]?\d+)", r"\1.0\2", text)) if text.strip() else SEARCH_SPACE  # YAML 1.1 reads 1e-5 as text
+        space = yaml.safe_load(text) if text.strip() else SEARCH_SPACE
     except OSError as error: raise UserError(f"--search-space: {error.strerror}: {error.filename}.") from None
     except yaml.YAMLError as error: raise UserError(f"--search-space is neither JSON nor YAML: {str(error).splitlines()[0]}.", fix) from None
     if not isinstance(space, dict) or not space: raise UserError("--search-space must be an object.", fix)
-    for name, rule in space.items(): _check_rule(name, rule, fix)
-    return space
+    return {name: _checked_rule(name, rule, fix) for name, rule in space.items()}
 
-def _check_rule(name: str, rule: Any, fix: str) -> None:
-    "Raises: UserError for a rule that is none, or one whose values the hyperparameter does not take."
+def _checked_rule(name: str, rule: Any, fix: str) -> dict[str, list]:
+    "The rule, its numbers as numbers. Raises: UserError for a rule that is none, or one whose values the hyperparameter does not take."
     if not isinstance(rule, dict) or len(rule) != 1 or next(iter(rule)) not in _KINDS: raise UserError(f"--search-space: {name!r} has no rule of a known kind.", fix)
     (kind, arguments), = rule.items()
     if not isinstance(arguments, list) or not arguments or (kind != "choice" and len(arguments) != 2):
         raise UserError(f"--search-space: {name!r}: {kind} takes {'a list of values' if kind == 'choice' else '[lowest, highest]'}.", fix)
     try:
+        arguments = [_number(value) for value in arguments]
         if kind != "choice" and not float(arguments[0]) < float(arguments[1]): raise UserError(f"--search-space: {name!r}: {arguments[0]} is not below {arguments[1]}.")
         ends = arguments if kind == "choice" else [arguments[0], arguments[1] - 1 if "int" in kind else arguments[1]]
         for value in ends: TrainConfig(**{name: value})
     except (ValidationError, TypeError, ValueError) as error:
         message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise UserError(f"--search-space: {name!r}: {arguments}: {message}.", fix) from None
+    return {kind: arguments}
+
+def _number(value: Any) -> Any:
+    "The value, or the number that it spells: YAML reads 1e-5 as text, for want of a dot."
+    if not isinstance(value, str): return value
+    try: return float(value)
+    except ValueError: return value
 
 # %% ../nbs/05_tune.ipynb #5b7b7cbe
 def parse_initial_params(
@@ -88,16 +96,17 @@ def parse_initial_params(
         if name not in space: raise UserError(f"--initial-params: {name!r} is not searched.", f"Searched are {', '.join(space)}.")
     return [{name: point.get(name, getattr(config, name)) for name in space} for point in points]
 
-# %% ../nbs/05_tune.ipynb #9d23327d
+# %% ../nbs/05_tune.ipynb #03dd3a2f
 def run_trial(
     params:dict[str, Any], # hyperparameters of this trial
     job:TrainJob, # what to train, with the hyperparameters that are not searched
+    rows:tuple[Tokens, Tokens, dict[str, int]], # training and validation rows and label ids, as that job has them
     root:str, # directory of the trials' checkpoints
 ) -> None:
     "What Ray Tune runs for each trial."
     job, root = dataclasses.replace(job, config=TrainConfig(**job.config.model_dump() | params)), f"{root}/{tune.get_context().get_trial_id()}"
     for report in epochs_behind(f"{root}/{job.name}"): tune.report(report)  # a resumed trial: Ray Tune may not have heard of all of them
-    train, val, label2id = prepare_rows(job)
+    train, val, label2id = prepare_rows(job) if "val_size" in params else rows  # nothing else that is searched changes them
     make_trainer(job, train, val, label2id, callbacks=(TuneReportCallback(),), root=root).fit()
 
 def epochs_behind(
@@ -113,7 +122,7 @@ def epochs_behind(
     paths = {history[-1]["epoch"]: path for path, history in sorted(histories.items())}
     return [epoch | {"checkpoint_path": paths.get(epoch["epoch"], "")} for epoch in max(histories.values(), key=len, default=[])]
 
-# %% ../nbs/05_tune.ipynb #200ab1b9
+# %% ../nbs/05_tune.ipynb #15c6f437
 class _Recorder(tune.Callback):
     "Writes each trial to its MLflow run and to the terminal."
 
@@ -128,7 +137,7 @@ class _Recorder(tune.Callback):
         if trial.trial_id not in self.runs: self.runs[trial.trial_id] = child_run(self.parent_id, self.experiment, trial.trial_id, trial.config)
         return self.runs[trial.trial_id]
 
-    def on_trial_start(self, iteration, trials, trial, **info) -> None: self.run_of(trial)
+    def on_trial_start(self, iteration, trials, trial, **info) -> None: connect_mlflow().update_run(self.run_of(trial), status="RUNNING")
 
     def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
         epoch = EpochMetrics(**{name: result[name] for name in EpochMetrics.model_fields})
@@ -158,7 +167,7 @@ class _Recorder(tune.Callback):
 
 def _short(value: Any) -> str: return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-# %% ../nbs/05_tune.ipynb #903cccaa
+# %% ../nbs/05_tune.ipynb #1527425c
 def child_run(
     parent_id:str, # MLflow run of the search
     experiment:str, # id of its experiment
@@ -166,14 +175,9 @@ def child_run(
     params:dict[str, Any], # hyperparameters of the trial
 ) -> str:
     "Id of the trial's MLflow run, made on the first call."
-    client = connect_mlflow()
-    found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.`madewithml.trial` = '{trial_id}'", max_results=1)
-    if found:
-        client.update_run(found[0].info.run_id, status="RUNNING")
-        return found[0].info.run_id
-    run = client.create_run(experiment, run_name=trial_id, tags={"mlflow.parentRunId": parent_id, "madewithml.trial": trial_id})
-    client.log_batch(run.info.run_id, params=[Param(name, str(value)) for name, value in params.items()])
-    return run.info.run_id
+    tags = {"mlflow.parentRunId": parent_id, "madewithml.trial": trial_id}
+    found = connect_mlflow().search_runs([experiment], " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items()), max_results=1)
+    return found[0].info.run_id if found else begin_run(experiment, trial_id, tags, params)
 
 def status_of(
     history:list[EpochMetrics], # epochs of a trial that did not fail
@@ -188,12 +192,12 @@ def end_child(
     status:str, # how it ended, see `status_of`
 ) -> None:
     "Ends the trial's run with the figures of the epoch that counts."
-    client, chosen = connect_mlflow(), best_epoch(history)
-    for name in ("val_loss", "val_f1"): client.log_metric(run_id, f"best_{name}", getattr(chosen, name))
+    client = connect_mlflow()
+    log_best(run_id, best_epoch(history))
     client.set_tag(run_id, "madewithml.trial_status", status)
     client.set_terminated(run_id)
 
-# %% ../nbs/05_tune.ipynb #c0ac1e85
+# %% ../nbs/05_tune.ipynb #8a7cbfd7
 def tune_model(
     dataset_loc:str|Path, # labelled table: path or URI of CSV, Parquet or JSON lines
     experiment_name:str|None=None, # MLflow experiment; None: the setting
@@ -217,18 +221,18 @@ def tune_model(
     points = parse_initial_params(initial_params, space, config)
     if num_runs < 1 or max_concurrent < 1: raise UserError("--num-runs and --max-concurrent must be 1 or more.")
     job = make_job(dataset_loc, experiment_name, config, llm, num_workers, cpu_per_worker, gpu_per_worker, num_samples, precision, seed, max_length)
-    prepare_rows(job)  # a wrong table is told before anything starts
+    rows = prepare_rows(job)
     name = name or f"{job.experiment_name}-{digest([job.name, space, points, num_runs])}"
     with ray_session(dashboard=True):
         job = place(job, max_concurrent)
         parent_id, root = open_search(name, job, space, num_runs), durable("trials", name)
-        grid = _search(name, job, space, points, num_runs, max_concurrent, _Recorder(parent_id, experiment_id(job.experiment_name), root, config, num_runs))
+        grid = _search(name, job, rows, space, points, num_runs, max_concurrent, _Recorder(parent_id, experiment_id(job.experiment_name), root, config, num_runs))
         results = _conclude(name, job, parent_id, space, points, grid)
     remove_tree(root)
     remove_tree(durable("tune", name))
     return results
 
-# %% ../nbs/05_tune.ipynb #54de28f9
+# %% ../nbs/05_tune.ipynb #e63bebc7
 def open_search(
     name:str, # of the search
     job:TrainJob, # what is trained
@@ -241,15 +245,15 @@ def open_search(
     if found and tune.Tuner.can_restore(*reversed(locate(durable("tune", name)))): return found[0].info.run_id
     for loc in (durable("tune", name), durable("trials", name)): remove_tree(loc)
     for run in found: client.set_terminated(run.info.run_id, status="KILLED")
-    run = client.create_run(experiment, run_name=name, tags={"madewithml.search": name, "dataset_loc": job.dataset_loc, **provenance()})
-    client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in {"num_runs": num_runs, **job.params()}.items() if key not in space])
-    client.log_dict(run.info.run_id, space, "search_space.json")
-    return run.info.run_id
+    fixed = {key: value for key, value in {"num_runs": num_runs, **job.params()}.items() if key not in space}
+    run_id = begin_run(experiment, name, {"madewithml.search": name, "dataset_loc": job.dataset_loc, **provenance()}, fixed)
+    client.log_dict(run_id, space, "search_space.json")
+    return run_id
 
-def _search(name: str, job: TrainJob, space: dict, points: list[dict], num_runs: int, max_concurrent: int, recorder: _Recorder) -> tune.ResultGrid:
+def _search(name: str, job: TrainJob, rows: tuple, space: dict, points: list[dict], num_runs: int, max_concurrent: int, recorder: _Recorder) -> tune.ResultGrid:
     "Runs the trials, or goes on with those of a killed search."
     filesystem, path = locate(durable("tune"))
-    trainable = tune.with_resources(tune.with_parameters(run_trial, job=job, root=durable("trials", name)), {"memory": 500e6})
+    trainable = tune.with_resources(tune.with_parameters(run_trial, job=job, rows=rows, root=durable("trials", name)), {"memory": 500e6})
     run_config = tune.RunConfig(name=name, storage_path=path, storage_filesystem=filesystem, callbacks=[recorder], verbose=0)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if tune.Tuner.can_restore(f"{path}/{name}", filesystem):
@@ -262,15 +266,18 @@ def _search(name: str, job: TrainJob, space: dict, points: list[dict], num_runs:
     param_space = {key: _KINDS[kind](arguments) if kind == "choice" else _KINDS[kind](*arguments) for key, rule in space.items() for kind, arguments in rule.items()}
     return tune.Tuner(trainable, param_space=param_space, tune_config=tune_config, run_config=run_config).fit()
 
-# %% ../nbs/05_tune.ipynb #b9502bbc
+# %% ../nbs/05_tune.ipynb #227e6d21
+def _in_order(grid: tune.ResultGrid) -> list[tune.Result]:
+    "The trials that reported an epoch, in the order in which they began to; a search that went on hands them out in another."
+    told = [result for result in grid if result.metrics_dataframe is not None and "val_loss" in result.metrics_dataframe]
+    return sorted(told, key=lambda result: result.metrics_dataframe["timestamp"].min())
+
 def _conclude(name: str, job: TrainJob, parent_id: str, space: dict, points: list[dict], grid: tune.ResultGrid) -> TuneResults:
     "Fills the parent run, ends it, and gathers the results. Raises: UserError where every trial failed."
     client, experiment = connect_mlflow(), experiment_id(job.experiment_name)
     trials = []
-    for result in grid:
-        frame = result.metrics_dataframe
-        if frame is None or "val_loss" not in frame: continue  # failed before its first epoch
-        trial_id = result.metrics["trial_id"]
+    for result in _in_order(grid):
+        frame, trial_id = result.metrics_dataframe, result.metrics["trial_id"]
         rows = frame.dropna(subset=["epoch"]).drop_duplicates("epoch", keep="last").sort_values("epoch")
         history = [EpochMetrics(**{field: row[field] for field in EpochMetrics.model_fields}) for row in rows.to_dict("records")]
         config = TrainConfig(**job.config.model_dump() | result.config)
@@ -278,7 +285,7 @@ def _conclude(name: str, job: TrainJob, parent_id: str, space: dict, points: lis
         where = dict(zip(rows["epoch"], rows["checkpoint_path"], strict=True))[chosen.epoch]
         trials.append((where, Trial(trial_id=trial_id, run_id=child_run(parent_id, experiment, trial_id, result.config), params=result.config, status=status,
                                     val_loss=chosen.val_loss, val_f1=chosen.val_f1, metrics=history)))
-        if status != "failed": end_child(trials[-1][1].run_id, history, status)  # again: a resumed trial's recorder saw only part of it
+        if status != "failed": end_child(trials[-1][1].run_id, history, status)  # again: whoever was killed may have ended the trial and not its run
     sound = [pair for pair in trials if pair[1].status != "failed"]
     if not sound: raise UserError("Every trial failed.", f"The last reason: {grid.errors[-1] if grid.errors else 'unknown'}.")
     where, best = min(sound, key=lambda pair: pair[1].val_loss)
@@ -291,8 +298,8 @@ def _conclude(name: str, job: TrainJob, parent_id: str, space: dict, points: lis
     results = TuneResults(run_id=parent_id, name=name, experiment_name=job.experiment_name, dataset_loc=job.dataset_loc, dataset_digest=job.dataset_digest,
                           search_space=space, trials=[trial for _, trial in trials], best_trial=best.trial_id, best_params=best_params,
                           first_val_loss=first and first.val_loss, importance=importance([trial for _, trial in sound], space))
-    client.log_batch(parent_id, metrics=[Metric(f"best_{key}", getattr(best, key), 0, 0) for key in ("val_loss", "val_f1")],
-                     params=[Param(f"best_{key}", str(value)) for key, value in best.params.items()])
+    log_best(parent_id, best)
+    client.log_batch(parent_id, params=[Param(f"best_{key}", str(value)) for key, value in best.params.items()])
     client.log_dict(parent_id, best_params, "best.json")
     client.log_dict(parent_id, results.model_dump(), "tune.json")
     client.log_figure(parent_id, plot_trials(results), "plots/trials.png")

@@ -35,8 +35,18 @@ def kill_cli(*args: str, cwd: Path, at: str, linger: float = 0, **variables: str
                 family = psutil.Process(process.pid).children(recursive=True)
                 break
         process.send_signal(signal.SIGKILL)
-    _, left = psutil.wait_procs(family, timeout=30)
+    until = time.monotonic() + 90  # two helpers of Ray notice after a minute
+    while (left := [child for child in family if running(child)]) and time.monotonic() < until:
+        time.sleep(0.2)
     assert not left, left  # nothing stays behind
+
+
+def running(process: psutil.Process) -> bool:
+    """Whether it still runs: one that ended and that nobody has asked about does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @dataclass

@@ -35,7 +35,6 @@ def plant(folder: str, victim: str, point: str, driver: int) -> None:
 
     kind, _, number = point.partition(":")
     step, seal, copy = worker.Events.step, worker.seal, ray_storage._pyarrow_fs_copy_files
-    seen = {"seal": 0, "copy": 0}
 
     def noted_step(self, epoch: int, now: int, steps: int) -> None:
         if now == 1 or kind == "step":
@@ -46,16 +45,12 @@ def plant(folder: str, victim: str, point: str, driver: int) -> None:
             strike(folder, victim, driver)
 
     def broken_seal(path: str) -> None:
-        seen["seal"] += 1
-        if kind == "save" and seen["seal"] == 1 and int(number) == json.loads((Path(path) / worker.HISTORY).read_text())[-1]["epoch"]:
+        if kind == "save" and worker.read_history(path)[-1].epoch == int(number):
             strike(folder, victim, driver)
         seal(path)
-        seen["seal"] = 0
 
     def broken_copy(source, destination, source_filesystem=None, destination_filesystem=None, **kwargs):
-        history = Path(source) / worker.HISTORY if isinstance(source, (str, Path)) else None
-        if kind == "upload" and history and history.is_file() and json.loads(history.read_text())[-1]["epoch"] == int(number):
-            (Path(source) / "half").mkdir()
+        if kind == "upload" and (Path(source) / worker.HISTORY).is_file() and worker.read_history(source)[-1].epoch == int(number):
             half = Path(source) / worker.CLASSIFIER / "model.safetensors"
             with half.open("rb") as file:
                 part = file.read(half.stat().st_size // 2)
@@ -63,7 +58,6 @@ def plant(folder: str, victim: str, point: str, driver: int) -> None:
             with destination_filesystem.open_output_stream(f"{destination}/model.safetensors") as out:
                 out.write(part)
             strike(folder, victim, driver)
-            (Path(source) / "half").rmdir()
         return copy(source, destination, source_filesystem=source_filesystem, destination_filesystem=destination_filesystem, **kwargs)
 
     worker.Events.step, worker.seal, ray_storage._pyarrow_fs_copy_files = noted_step, broken_seal, broken_copy

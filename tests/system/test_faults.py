@@ -17,6 +17,7 @@ import mlflow
 import pandas as pd
 import pytest
 
+from madewithml.session import free_ports
 from tests.conftest import ROOT, run_cli
 
 pytestmark = pytest.mark.fault
@@ -37,6 +38,17 @@ def summary() -> str:
     return table.round(1).to_string()
 
 
+def ended(driver: subprocess.Popen) -> subprocess.CompletedProcess:
+    """What a driver said and how it ended; it is killed after a time in which every trial ends."""
+    with driver:
+        try:
+            out, error = driver.communicate(timeout=560)
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            raise
+    return subprocess.CompletedProcess(driver.args, driver.returncode, out, error)
+
+
 class Cluster:
     """A head and two worker nodes of `madewithml cluster up`."""
 
@@ -52,13 +64,16 @@ class Cluster:
     def address(self) -> str:
         return json.loads((self.folder / "storage" / "cluster" / "state.json").read_text())["address"]
 
-    def drive(self, folder: Path, *args: str, **variables: str) -> subprocess.CompletedProcess:
-        """Runs the driver of a trial, its storage in the trial's folder."""
-        folder.mkdir(exist_ok=True)
+    def start(self, folder: Path, *args: str, **variables: str) -> subprocess.Popen:
+        """The driver of a trial, its storage in the trial's folder."""
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "token",
                                     "MADEWITHML_STORAGE": str(folder / "storage")} | variables
         command = [sys.executable, str(Path(__file__).with_name("fault_driver.py")), "--folder", str(folder), "--dataset", DATASET, *args]
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=560, check=False)
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def drive(self, folder: Path, *args: str, **variables: str) -> subprocess.CompletedProcess:
+        """Runs the driver of a trial to its end."""
+        return ended(self.start(folder, *args, **variables))
 
 
 @pytest.fixture(scope="module")
@@ -209,9 +224,7 @@ def test_prediction_worker_killed(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_tracking_server_away(cluster: Cluster, tmp_path: Path) -> None:
     """MLflow gone for 30 s: training goes on, and every metric is there in the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports(1)[0]
     uri, log = f"http://127.0.0.1:{port}", (tmp_path / "server.log").open("w")
 
     def serve() -> subprocess.Popen:
@@ -225,19 +238,15 @@ def test_tracking_server_away(cluster: Cluster, tmp_path: Path) -> None:
         return server
 
     server = serve()
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "MADEWITHML_STORAGE": str(tmp_path / "storage"),
-                                "MADEWITHML_TRACKING_URI": uri}
-    command = [sys.executable, str(Path(__file__).with_name("fault_driver.py")), "--folder", str(tmp_path), "--dataset", DATASET, "--point", "step:0"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as driver:
-        while not ((tmp_path / "steps").is_file() and len((tmp_path / "steps").read_text().splitlines()) >= 5):
-            assert driver.poll() is None, driver.stderr.read()[-3000:]
-            time.sleep(0.05)
-        os.killpg(server.pid, signal.SIGKILL)
-        time.sleep(30)  # the length of the fault, not a guess at progress
-        server = serve()
-        out, error = driver.communicate(timeout=300)
+    driver = cluster.start(tmp_path, "--point", "step:0", MADEWITHML_TRACKING_URI=uri)
+    while not ((tmp_path / "steps").is_file() and len((tmp_path / "steps").read_text().splitlines()) >= 5):
+        assert driver.poll() is None, driver.stderr.read()[-3000:]
+        time.sleep(0.05)
+    os.killpg(server.pid, signal.SIGKILL)
+    time.sleep(30)  # the length of the fault, not a guess at progress
+    server = serve()
     try:
-        judge("MLflow server away for 30 s", tmp_path, subprocess.CompletedProcess(command, driver.returncode, out, error), uri)
+        judge("MLflow server away for 30 s", tmp_path, ended(driver), uri)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(20)
