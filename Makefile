@@ -8,7 +8,7 @@ TORCH_BACKEND ?= auto
 export HF_HUB_OFFLINE ?= 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install run test test-notebooks test-slow test-faults lab export clean-notebooks readme lock dist clean help
+.PHONY: install run test test-notebooks test-slow test-faults test-load serve lab export clean-notebooks readme lock dist clean help
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -25,7 +25,7 @@ run: install ## the main job: validate, train, evaluate, predict, register, repo
 
 test: install ## everything that must hold: notebooks in sync and clean, their tests, pytest
 	@$(BIN)/python tools/check.py
-	@$(BIN)/python -m pytest -m "not slow and not fault"
+	@$(BIN)/python -m pytest -m "not slow and not fault and not load"
 
 test-slow: install ## what takes minutes: a killed run, the wheel, a cluster, cells marked slow
 	@$(BIN)/python tools/check.py --slow
@@ -33,6 +33,12 @@ test-slow: install ## what takes minutes: a killed run, the wheel, a cluster, ce
 
 test-faults: install ## kill workers, nodes and drivers of a cluster at many points; half an hour
 	@$(BIN)/python -m pytest -m fault tests/system/test_faults.py
+
+test-load: install ## the service under load, killed and overloaded; three quarters of an hour, on a machine that does nothing else
+	@$(BIN)/python -m pytest -s -m load
+
+serve: install ## serve the champion on port 8000 until Ctrl-C (after `make run` and `madewithml promote`)
+	@$(BIN)/madewithml serve
 
 lab: install ## open JupyterLab in nbs/
 	@cd nbs && ../$(BIN)/jupyter lab

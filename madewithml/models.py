@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'pick_device', 'bf16_in_hardware', 'pick_precision', 'autocast', 'set_seed', 'encoder_source',
            'quiet_transformers', 'load_tokenizer', 'build_classifier', 'model_inputs', 'label_names', 'predict_tokens',
-           'softmax', 'predict_proba', 'max_tokens', 'save_classifier', 'load_classifier']
+           'softmax', 'settle_close_calls', 'predict_proba', 'max_tokens', 'save_classifier', 'load_classifier']
 
-# %% ../nbs/03_models.ipynb #e75a542e
+# %% ../nbs/03_models.ipynb #547af555
 import random, warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import numpy as np, torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from .config import UserError, atomic_path
+from .config import UserError, atomic_path, get_settings
 from .data import Tokens, pad_batch, tokenize
 from .storage import damage, seal
 
@@ -148,7 +148,7 @@ def _batches_by_tokens(order: np.ndarray, lengths: np.ndarray, batch_tokens: int
             yield order[begin:end]
             begin = end
 
-# %% ../nbs/03_models.ipynb #614d2eb5
+# %% ../nbs/03_models.ipynb #cd88870a
 def softmax(
     logits:np.ndarray, # (rows, labels)
 ) -> np.ndarray:
@@ -156,15 +156,32 @@ def softmax(
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
     return exponents / exponents.sum(axis=1, keepdims=True)
 
+def settle_close_calls(
+    probabilities:np.ndarray, # (rows, labels), at the precision
+    again:Callable[[np.ndarray], np.ndarray], # probabilities of the rows with these numbers, in fp32
+    precision:str, # 'bf16' or 'fp32'
+) -> np.ndarray:
+    "The probabilities, those rows in fp32 whose label the rounding of bf16 could change."
+    if precision == "fp32" or not len(probabilities): return probabilities
+    second, first = np.sort(probabilities, axis=1)[:, -2:].T
+    close = np.flatnonzero((first - second < _CLOSE) | (np.abs(first - get_settings().threshold) < _CLOSE))
+    if len(close): probabilities[close] = again(close)
+    return probabilities
+
+_CLOSE = 0.04  # on the embedded tables bf16 moves a probability by 0.011 at most
+
 def predict_proba(
     model:PreTrainedModel, # a classifier
     tokenizer:PreTrainedTokenizerFast, # its tokenizer
     texts:list[str], # joined texts, see `data.row_texts`
     precision:str="auto", # 'auto', 'bf16' or 'fp32'
 ) -> np.ndarray:
-    "Probability of each label for each text, (texts, labels)."
-    tokens = tokenize(texts, tokenizer, max_tokens(tokenizer))
-    return softmax(predict_tokens(model, tokens, tokenizer.pad_token_id, pick_precision(precision, model.device)))
+    "Probability of each label for each text, (texts, labels); close calls are settled in fp32."
+    precision = pick_precision(precision, model.device)
+    def at(rows: Iterable[int], precision: str) -> np.ndarray:
+        tokens = tokenize([texts[i] for i in rows], tokenizer, max_tokens(tokenizer))
+        return softmax(predict_tokens(model, tokens, tokenizer.pad_token_id, precision))
+    return settle_close_calls(at(range(len(texts)), precision), lambda rows: at(rows, "fp32"), precision)
 
 def max_tokens(
     tokenizer:PreTrainedTokenizerFast, # a classifier's tokenizer

@@ -169,7 +169,7 @@ def _tables(dataset_loc: str, holdout_loc: str|Path|None, folder: Path) -> tuple
         with atomic_path(path) as temporary: part.to_csv(temporary, index=False)
     return str(paths[0]), str(paths[1])
 
-# %% ../nbs/12_pipeline.ipynb #f4b11142
+# %% ../nbs/12_pipeline.ipynb #659da93a
 def parse_parameters(
     workload:str, # name of the notebook
     args:list[str], # '--name', 'value', …
@@ -183,8 +183,9 @@ def parse_parameters(
     for option, value in zip(args[::2], args[1::2], strict=True):
         name = option.removeprefix("--").replace("-", "_")
         if not option.startswith("--") or name not in defaults: raise UserError(f"Workload {workload!r} has no option {option!r}.", fix)
-        try: parameters[name] = type(defaults[name])(value)
-        except ValueError: raise UserError(f"{option} takes {type(defaults[name]).__name__}, not {value!r}.") from None
+        kind = type(defaults[name])
+        try: parameters[name] = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError): raise UserError(f"{option} takes {kind.__name__}, not {value!r}.") from None
     return parameters
 
 def run_alone(

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['escape_cell', 'markdown_table', 'read_run', 'write_report']
 
-# %% ../nbs/11_report.ipynb #3038f30a
+# %% ../nbs/11_report.ipynb #1fae3bea
 from pathlib import Path
 
 from .config import UserError
 from .evaluate import plot_confusion, plot_reliability
-from .results import RESULTS, EvaluateResults, PredictResults, RegisterResults, Results, TrainResults, ValidateResults, read_results
+from .results import RESULTS, EvaluateResults, PredictResults, PromoteResults, RegisterResults, Results, TrainResults, ValidateResults, read_results
 from .train import plot_history
 
 # %% ../nbs/11_report.ipynb #b37d63cd
@@ -81,7 +81,17 @@ def _facts(found: dict[str, Results]) -> str:
         lines.append(f"- model: `{model.model_name}` version {model.version}, alias `{model.alias}`")
     return "\n".join(lines)
 
-# %% ../nbs/11_report.ipynb #564cfddf
+# %% ../nbs/11_report.ipynb #a72efb14
+def _promotion(results: PromoteResults) -> str:
+    "The decision and every figure behind it."
+    against = f"version {results.champion.version}, the champion then" if results.champion else "nobody: there was no champion"
+    lines = [f"Version {results.challenger.version} against {against}: **{results.decision}** by {escape_cell(results.by)}."]
+    if results.reason: lines.append(f"Reason: {escape_cell(results.reason)}.")
+    if results.champion: lines.append(f"F1 {results.f1_difference:+.3f} (95 % interval {results.f1_difference_low:+.3f} to {results.f1_difference_high:+.3f}, paired).")
+    rows = [[check.name, f"{check.challenger:.3f}", "" if check.champion is None else f"{check.champion:.3f}", f"{check.limit:.3f}", "yes" if check.success else "NO"] for check in results.checks]
+    return "## Promotion\n\n" + " ".join(lines) + "\n\n" + markdown_table(["demand", "challenger", "champion", "limit", "met"], rows)
+
+# %% ../nbs/11_report.ipynb #003d766c
 def read_run(
     folder:str|Path, # results directory of a run
 ) -> dict[str, Results]:
@@ -106,6 +116,7 @@ def write_report(
     if isinstance(trained := found.get("train"), TrainResults):
         plot_history(trained.metrics).savefig(plots / "history.png", dpi=110)
         parts += [_training(trained), "![loss and F1 by epoch](plots/history.png)"]
+    if isinstance(decided := found.get("promote"), PromoteResults): parts.append(_promotion(decided))
     notebooks = [f"- [{name}]({name}.ipynb)" for name in RESULTS if (folder / f"{name}.ipynb").is_file()]
     parts += [f"## Also\n\n{_facts(found)}" if _facts(found) else "", "## Executed notebooks\n\n" + "\n".join(notebooks) if notebooks else ""]
     (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESULTS', 'Results', 'Expectation', 'ValidateResults', 'EpochMetrics', 'TrainResults', 'Trial', 'TuneResults',
            'Scores', 'Overall', 'CalibrationBin', 'BehaviorCase', 'Mistake', 'EvaluateResults', 'PredictResults',
-           'RegisterResults', 'write_results', 'read_results']
+           'RegisterResults', 'Candidate', 'GateCheck', 'PromoteResults', 'write_results', 'read_results']
 
 # %% ../nbs/00_results.ipynb #83835c0b
 from datetime import UTC, datetime
@@ -151,7 +151,7 @@ class EvaluateResults(Results):
     behavior: list[BehaviorCase]
     mistakes: list[Mistake] = Field(description="worst first")
 
-# %% ../nbs/00_results.ipynb #85b9f769
+# %% ../nbs/00_results.ipynb #66d813fc
 class PredictResults(Results):
     "Result of the workload `predict`."
     run_id: str
@@ -170,7 +170,48 @@ class RegisterResults(Results):
     alias: str
     model_uri: str
 
-RESULTS = {"validate": ValidateResults, "train": TrainResults, "tune": TuneResults, "evaluate": EvaluateResults, "predict": PredictResults, "register": RegisterResults}
+# %% ../nbs/00_results.ipynb #fbb78b3f
+class Candidate(BaseModel):
+    "What was measured of one model version before the decision."
+    model_config = ConfigDict(extra="forbid")
+    version: int = Field(description="of the registered model")
+    run_id: str = Field(description="MLflow run that trained it")
+    overall: Overall
+    per_class: dict[str, Scores]
+    slices: dict[str, Scores]
+    behavior: list[BehaviorCase]
+    p50_ms: float = Field(ge=0, description="median time of one text, in process, ms")
+    p99_ms: float = Field(ge=0, description="99th percentile of the same, ms")
+    size_mb: float = Field(ge=0, description="size of the checkpoint's files, MB")
+
+class GateCheck(BaseModel):
+    "One demand of the promotion policy and what was seen."
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    challenger: float
+    champion: float | None = Field(None, description="None where there is no champion yet")
+    limit: float = Field(description="what the challenger may at least or at most have")
+    success: bool
+
+class PromoteResults(Results):
+    "Result of the workload `promote`."
+    model_name: str
+    decision: Literal["promoted", "forced", "refused"]
+    by: str = Field(description="who asked for it")
+    reason: str = Field(description="why it was forced; empty where it was not")
+    dataset_loc: str
+    dataset_digest: str
+    policy: dict[str, float]
+    checks: list[GateCheck]
+    challenger: Candidate
+    champion: Candidate | None = Field(None, description="the version that was compared with; None for a first champion")
+    f1_difference: float = Field(0, description="weighted F1 of the challenger minus the champion's")
+    f1_difference_low: float = Field(0, description="lower end of its 95 % paired bootstrap interval")
+    f1_difference_high: float = Field(0, description="upper end")
+
+# %% ../nbs/00_results.ipynb #c5f9eee1
+RESULTS = {"validate": ValidateResults, "train": TrainResults, "tune": TuneResults, "evaluate": EvaluateResults, "predict": PredictResults, "register": RegisterResults,
+           "promote": PromoteResults}
 _R = TypeVar("_R", bound=Results)
 
 # %% ../nbs/00_results.ipynb #b88cdcca

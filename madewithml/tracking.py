@@ -6,11 +6,13 @@
 __all__ = ['CHECKPOINT', 'connect_mlflow', 'experiment_id', 'provenance', 'begin_run', 'log_best', 'get_run', 'best_run_id',
            'checkpoint_dir']
 
-# %% ../nbs/00_tracking.ipynb #b4c36fde
+# %% ../nbs/00_tracking.ipynb #0df62e99
 import logging, os, subprocess, time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 # MLflow reads these when it is imported: no telemetry, and no model may bring pickled code.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -21,7 +23,7 @@ import mlflow
 from mlflow.entities import Metric, Param, Run
 from mlflow.exceptions import MlflowException
 
-from .config import UserError, digest, get_settings
+from .config import UserError, atomic_path, digest, get_settings
 from .results import EpochMetrics, Trial
 from .storage import durable
 
@@ -108,13 +110,20 @@ def best_run_id(
         raise UserError(f"Experiment {experiment_name!r} has no finished run with the metric {metric!r}.")
     return runs[0].info.run_id
 
-# %% ../nbs/00_tracking.ipynb #3ba3a362
+# %% ../nbs/00_tracking.ipynb #e4c3ca79
 CHECKPOINT = "checkpoint"  # artefact directory of a run that holds the classifier
 
 def checkpoint_dir(
     run_id:str, # MLflow run that trained the classifier
 ) -> Path:
-    "Local directory with the run's checkpoint, fetched from the server where it is not local."
-    get_run(run_id)
-    try: return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=CHECKPOINT))
-    except (MlflowException, OSError): raise UserError(f"Run {run_id} has no checkpoint.", "Was its training finished?") from None
+    "Local directory with the run's checkpoint; one that lies elsewhere is fetched once and kept under the storage root. Raises: UserError where there is none."
+    none, where = UserError(f"Run {run_id} has no checkpoint.", "Was its training finished?"), urlsplit(get_run(run_id).info.artifact_uri)
+    if where.scheme in ("", "file"): folder = Path(url2pathname(where.path))
+    else:
+        folder = get_settings().storage / "checkpoints" / run_id
+        if not folder.is_dir():
+            try:
+                with atomic_path(folder) as temporary: mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=CHECKPOINT, dst_path=str(temporary))
+            except (MlflowException, OSError): raise none from None
+    if not (folder / CHECKPOINT).is_dir(): raise none
+    return folder / CHECKPOINT

@@ -304,8 +304,14 @@ def parse_serve(text: str) -> Any:
 
 def test_serve_config() -> None:
     """Ray Serve reads `serveConfigV2`; the service can be upgraded without a gap."""
+    from madewithml.config import ServeConfig
+
     spec = manifest("rayservice.yaml")["spec"]
+    assert spec["serveConfigV2"] == (DEPLOY / "serve.yaml").read_text(encoding="utf-8")
     config = parse_serve(spec["serveConfigV2"])
+    asked = ServeConfig(**config.applications[0].args)
+    assert config.http_options.request_timeout_s > max(asked.deadline_s, asked.evaluate_deadline_s)
+    assert config.applications[0].deployments[0].max_ongoing_requests > asked.max_waiting
     assert [(application.name, application.import_path) for application in config.applications] == [("madewithml", "madewithml.serve:build")]
     assert config.http_options.port == 8000 and config.http_options.request_timeout_s
     assert spec["upgradeStrategy"]["type"] == "NewCluster" and spec["excludeHeadPodFromServeSvc"]
@@ -325,6 +331,13 @@ def test_broken_serve_config_is_refused(old: str, new: str) -> None:
     assert old in text
     with pytest.raises(ValueError):
         parse_serve(text.replace(old, new))
+
+
+def test_promotion_policy_shows_the_defaults() -> None:
+    from madewithml.config import PromotionPolicy, read_policy
+
+    assert yaml.safe_load((DEPLOY / "promotion.yaml").read_text(encoding="utf-8")) == PromotionPolicy().model_dump()
+    assert read_policy(DEPLOY / "promotion.yaml") == PromotionPolicy()
 
 
 # --- the image

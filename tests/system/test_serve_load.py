@@ -1,0 +1,189 @@
+"""The service under load: while its model and its code change, while its processes die, and with far too much to do. Minutes each; `make test-load`."""
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+from ..conftest import ROOT, Run
+from ..load import Outcome, open_loop, percentile, summary
+from .test_serve import Served, same_labels, serving
+
+pytestmark = pytest.mark.load
+ITEMS = pd.read_csv(ROOT / "datasets" / "holdout.csv").fillna("")[["title", "description"]].to_dict("records")
+TABLE: list[str] = []  # what was seen, printed at the end
+
+
+@pytest.fixture(scope="module")
+def ready(trained: Run) -> Run:
+    """A registry with two sound versions, the first of them champion."""
+    done = trained.cli("promote")
+    assert done.returncode == 0 or "no version" in done.stderr.lower() or "champion already" in done.stderr, done.stderr
+    registry(trained, "copy", "sound")
+    registry(trained, "alias", "champion", "1")
+    return trained
+
+
+def registry(run: Run, *arguments: str) -> str:
+    """Changes the run's registry, in a process of its own."""
+    code = """
+import sys
+from madewithml.registry import register_model
+from madewithml.tracking import CHECKPOINT, checkpoint_dir, connect_mlflow, get_run
+client, what = connect_mlflow(), sys.argv[1]
+if what == "alias": client.set_registered_model_alias("madewithml", sys.argv[2], sys.argv[3])
+if what == "toggle":
+    import time
+    for i in range(int(sys.argv[2])):
+        client.set_registered_model_alias("madewithml", "champion", str(2 - i % 2))
+        time.sleep(float(sys.argv[3]))
+if what == "copy":
+    old = client.get_model_version("madewithml", "1").run_id
+    run = client.create_run(get_run(old).info.experiment_id).info.run_id
+    client.log_artifacts(run, str(checkpoint_dir(old)), CHECKPOINT)
+    print(register_model(run).version)
+"""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=run.folder, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def versions(outcomes: list[Outcome]) -> set[int]:
+    return {json.loads(outcome.body)["version"] for outcome in outcomes if outcome.status == 200}
+
+
+def family(served: Served, name: str) -> list[psutil.Process]:
+    """The service's processes whose title has `name`."""
+    found = []
+    for process in psutil.Process(served.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name in " ".join(process.cmdline()) or name in process.name():
+                found.append(process)
+    return found
+
+
+def knee(served: Served) -> float:
+    """Requests/s that the service answers when 64 clients ask as fast as they can."""
+    outcomes, begin = [], time.perf_counter()
+    outcomes = open_loop(served.url + "/predict/", ITEMS, 10_000, 600)
+    return sum(outcome.status == 200 for outcome in outcomes) / (time.perf_counter() - begin)
+
+
+def tell(line: str) -> None:
+    TABLE.append(line)
+    print(line, flush=True)
+
+
+def test_parity_on_every_row(ready: Run, tmp_path: Path) -> None:
+    """Served, alone or with others, every row of the embedded tables gets the label of the batch job, in each precision."""
+    for precision in ("bf16", "fp32"):
+        with serving(ready, "--precision", precision) as served:
+            for table in ("dataset", "holdout", "unlabeled"):
+                done = ready.cli("predict", "--run-id", ready.run_id, "--dataset-loc", str(ROOT / "datasets" / f"{table}.csv"), "--output", str(tmp_path / f"{table}.parquet"))
+                assert done.returncode == 0, done.stderr
+                batch = pd.read_parquet(tmp_path / f"{table}.parquet")
+                tell(f"{table}, {precision}: {len(batch)} rows, same labels; largest difference of a probability {same_labels(served, table, batch, len(batch)):.5f}")
+
+
+def test_generated_requests(ready: Run, tmp_path: Path) -> None:
+    """Ten thousand requests that schemathesis makes of the service's own description: no 5xx, no answer that is not in it."""
+    with serving(ready) as served:
+        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{served.url}/openapi.json", "--max-examples", "2500", "--continue-on-failure", "--request-timeout", "20",
+                   "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance", "--workers", "2"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    calls = re.search(r"Test cases:\s*\n\s*([\d,]+) generated", done.stdout)
+    tell(f"schemathesis: {calls[1] if calls else '?'} calls, {'no failure' if done.returncode == 0 else 'FAILED'}")
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert int(calls[1].replace(",", "")) >= 10_000
+
+
+def test_fifty_champion_changes(ready: Run) -> None:
+    """The alias moves fifty times at 100 requests/s: every answer is a 200 and names one of the two versions."""
+    with serving(ready, "--config", '{"watch_s": 0.5}') as served:
+        outcomes = open_loop(served.url + "/predict/", ITEMS, 100, 100 * 160, {200: lambda: registry(ready, "toggle", "50", "3")})
+    line = summary("50 champion changes at 100 requests/s", outcomes)
+    changes = sum(a != b for a, b in zip(*[[json.loads(o.body)["version"] for o in outcomes if o.status == 200][i:] for i in (0, 1)], strict=False))
+    tell(f"{line}; the answers' version changed {changes} times")
+    assert {outcome.status for outcome in outcomes} == {200}
+    assert versions(outcomes) == {1, 2}
+    assert changes >= 40
+
+
+KILLS = [("replica", "ServeReplica"), ("proxy manager", "HAProxyManager"), ("controller", "ServeController")]
+
+
+def test_killed_processes(ready: Run) -> None:
+    """Twenty kills of a replica (of two), the proxy and the controller, each at a request count: hardly a request fails, and none twice."""
+    plan = [KILLS[i % len(KILLS)] for i in range(20)]
+    every, rate, lost, recovered = 600, 40.0, [], []
+    with serving(ready, "--replicas", "2") as served:
+        for name, title in plan:
+            def kill(title: str = title) -> None:
+                victims = family(served, title)
+                assert victims, title
+                victims[0].send_signal(signal.SIGKILL)
+            for retries in (0, 1):
+                outcomes = open_loop(served.url + "/predict/", ITEMS, rate, every, {100: kill} if retries == 0 else {}, retries)
+                failed = [outcome for outcome in outcomes if outcome.status != 200]
+                lost.append((name, retries, len(failed), len(outcomes)))
+                if retries == 0:
+                    recovered.append(max((outcome.due - 100 / rate for outcome in failed), default=0))
+                tell(f"kill of {name}, {retries} retries: {summary('', outcomes)}")
+    without = [row for row in lost if row[1] == 0]
+    share = sum(row[2] for row in without) / sum(row[3] for row in without)
+    tell(f"failed without retry: {100 * share:.3f} %; longest recovery {max(recovered):.1f} s")
+    assert share <= 0.001
+    assert sum(row[2] for row in lost if row[1] == 1) == 0
+    assert max(recovered) <= 15
+
+
+def test_overload(ready: Run) -> None:
+    """Ten times what it can do, for a minute: what is accepted is answered soon, the rest is refused at once, and it is well again after."""
+    with serving(ready) as served:
+        open_loop(served.url + "/predict/", ITEMS, 50, 200)
+        peak = knee(served)
+        replica = family(served, "ServeReplica")[0]
+        before = replica.memory_info().rss
+        outcomes = open_loop(served.url + "/predict/", ITEMS, 10 * peak, int(10 * peak * 60))
+        after = replica.memory_info().rss
+        time.sleep(5)
+        calm = open_loop(served.url + "/predict/", ITEMS, 0.3 * peak, int(0.3 * peak * 10))
+    good, rest = [o for o in outcomes if o.status == 200], [o for o in outcomes if o.status != 200]
+    tell(f"peak {peak:.0f} requests/s; {summary('overload', outcomes)}; refusals p99 {percentile(rest, 0.99):.0f} ms; memory {100 * (after / before - 1):+.1f} %; {summary('after', calm)}")
+    assert {outcome.status for outcome in rest} <= {503, 429} and all("Retry-After" in {name.title() for name in outcome.headers} for outcome in rest)
+    assert len(good) / 60 >= 0.8 * peak and percentile(good, 0.99) < 1000
+    assert percentile(rest, 0.99) < 50
+    assert after < 1.1 * before
+    assert {outcome.status for outcome in calm} == {200} and percentile(calm, 0.99) < 500
+
+
+def test_soak(ready: Run) -> None:
+    """Half load for ten minutes: neither memory nor descriptors grow, and nothing fails."""
+    with serving(ready, "--log-dir", str(ready.folder / "soak")) as served:
+        peak = knee(served)
+        replica = family(served, "ServeReplica")[0]
+        open_loop(served.url + "/predict/", ITEMS, 0.5 * peak, int(0.5 * peak * 60))  # caches fill
+        before = replica.memory_info().rss, replica.num_fds()
+        outcomes = open_loop(served.url + "/predict/", ITEMS, 0.5 * peak, int(0.5 * peak * 600))
+        after = replica.memory_info().rss, replica.num_fds()
+    tell(f"peak {peak:.0f} requests/s; {summary('ten minutes at half of it', outcomes)}; memory {before[0] / 1e6:.0f} to {after[0] / 1e6:.0f} MB, descriptors {before[1]} to {after[1]}")
+    assert {outcome.status for outcome in outcomes} == {200}
+    assert after[0] < 1.02 * before[0]
+    assert after[1] <= before[1] + 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def told() -> Iterator[None]:
+    """Writes down what was seen."""
+    yield
+    if folder := os.environ.get("MADEWITHML_LOAD_REPORT"):
+        Path(folder).write_text("\n".join(TABLE) + "\n", encoding="utf-8")
