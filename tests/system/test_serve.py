@@ -53,14 +53,14 @@ class Served:
 
 
 @contextmanager
-def serving(run: Run, *options: str) -> Iterator[Served]:
-    """`madewithml serve` for the length of the block; nothing of it is left afterwards."""
+def serving(run: Run, *options: str, driver: Path | None = None) -> Iterator[Served]:
+    """`madewithml serve`, or a driver of its own, for the length of the block; nothing of it is left afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))} | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [str(Path(sys.executable).with_name("madewithml")), "serve", "--port", str(port), *options]
-    with subprocess.Popen(command, cwd=run.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+    command = [sys.executable, str(driver), str(port)] if driver else [str(Path(sys.executable).with_name("madewithml")), "serve", "--port", str(port), *options]
+    with subprocess.Popen(command, cwd=run.folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
         try:
             said = ""
             while "Ctrl-C ends it" not in said:
@@ -70,8 +70,9 @@ def serving(run: Run, *options: str) -> Iterator[Served]:
             yield Served(f"http://127.0.0.1:{port}", process, run)
         finally:
             family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+            if not driver:
+                process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)  # closes standard input, which ends a driver
             until = time.monotonic() + 30
             while (left := [child for child in family if running(child)]) and time.monotonic() < until:
                 time.sleep(0.2)
