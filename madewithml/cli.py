@@ -187,7 +187,7 @@ def predict(
     results = predict_table(run_id, dataset_loc, output, threshold)
     _report(results, results_fp, results.model_dump(exclude={"timestamp"}))
 
-# %% ../nbs/13_cli.ipynb #7bf1e0c1
+# %% ../nbs/13_cli.ipynb #e49953d8
 @app.command()
 def register(
     run_id: _RunId,
@@ -223,7 +223,7 @@ def rollback(
     model_name: _ModelName = None,
 ) -> None:
     "Make the champion of before the champion again."
-    from madewithml.registry import rollback_model
+    from madewithml.aliases import rollback_model
     typer.echo(json.dumps(rollback_model(reason, model_name)))
 
 _Token = Annotated[str, _option("file with the token that requests must bear [default: none is asked for]", "--token-file")]

@@ -53,7 +53,7 @@ def latencies(
     p50, p99 = np.quantile(times, [0.5, 0.99], axis=1).min(axis=1) * 1000
     return list(zip(p50.tolist(), p99.tolist(), strict=True))
 
-# %% ../nbs/08_compare.ipynb #6e82853c
+# %% ../nbs/08_compare.ipynb #70968587
 def measure_candidates(
     folders:list[tuple[int, str, Path]], # version, MLflow run and checkpoint directory of each
     rows:pd.DataFrame, # labelled rows that none has seen
@@ -63,7 +63,7 @@ def measure_candidates(
     "What is known of each version, and the labels it predicts. Raises: UserError."
     texts, cases = row_texts(rows), read_behavior(behavior_loc)
     predictors = [Predictor(folder, precision) for _, _, folder in folders]
-    speed = latencies(predictors, texts[:100])
+    speed = latencies(predictors, texts[:50])
     candidates, predicted = [], []
     for (version, run_id, folder), predictor, (p50, p99) in zip(folders, predictors, speed, strict=True):
         proba = predictor.proba(texts)

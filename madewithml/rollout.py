@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['served_version', 'await_version']
 
-# %% ../nbs/09_rollout.ipynb #64f25f50
+# %% ../nbs/09_rollout.ipynb #3d9b0b0f
 import json, time, urllib.error, urllib.request
 from typing import Any
 
+from .aliases import resolve_alias
 from .config import CheckFailed, ServeConfig, read_token
-from .registry import resolve_alias
 
 # %% ../nbs/09_rollout.ipynb #196cb651
 def served_version(

@@ -6,7 +6,7 @@
 __all__ = ['EXAMPLES', 'Versions', 'Service', 'Shadow', 'read_allowed', 'Answer', 'Answers', 'Table', 'Wrong', 'item_schema',
            'add_pages', 'make_app', 'Classifier', 'build', 'proxy_env', 'service', 'serve_forever']
 
-# %% ../nbs/09_serve.ipynb #7c9a1fa0
+# %% ../nbs/09_serve.ipynb #a0308c12
 import asyncio, base64, contextlib, hashlib, importlib.util, io, os, shlex, shutil, signal, socket, tempfile, threading, time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
+from .aliases import resolve_alias
 from .config import ServeConfig, UserError, get_logger, get_settings, packaged_dir, read_token
 from .data import join_text, read_labeled, row_texts
 from .engine import Engine
@@ -32,7 +33,6 @@ from .evaluate import evaluate_predictions
 from .guard import Guard, Metrics, Refused
 from .journal import Journal
 from .predict import answers
-from .registry import resolve_alias
 from .results import Results
 from .tracking import checkpoint_dir, get_run, provenance
 
