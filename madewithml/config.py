@@ -129,7 +129,7 @@ def parse_train_config(
     "The hyperparameters that `text` and `overrides` ask for, the rest at their defaults. Raises: UserError."
     return _parse(TrainConfig, text, "--train-loop-config", "Hyperparameter", overrides)
 
-# %% ../nbs/00_config.ipynb #54e01676
+# %% ../nbs/00_config.ipynb #1a0bb0c8
 class ServeConfig(BaseModel):
     "Options of the online service."
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -142,7 +142,7 @@ class ServeConfig(BaseModel):
     runtime: Literal["auto", "torch", "packed"] = Field("auto", description="'packed': weights lie as the processor likes them; 'torch': as they come; 'auto': packed where that can be")
     precision: str = Field("auto", description="'auto', 'bf16' or 'fp32'")
     threads: int = Field(0, ge=0, description="threads of the forward pass; 0: one for each CPU of the machine")
-    max_batch_size: int = Field(32, ge=1, le=1024, description="texts of one forward pass, at most")
+    max_batch_size: int = Field(16, ge=1, le=1024, description="texts of one forward pass, at most; on a CPU larger ones gain little, and while one is computed the next is gathered")
     max_waiting: int = Field(128, ge=1, description="requests under way, and texts waiting, in a replica, at most; more are told to come back. A second's work is a good choice")
     deadline_s: float = Field(5.0, gt=0, description="seconds in which a prediction is answered, or is not at all")
     evaluate_deadline_s: float = Field(60.0, gt=0, description="the same for an evaluation")

@@ -154,8 +154,8 @@ def test_examples_work_when_clicked(page, served: Served) -> None:
     page.goto(f"{served.url}/docs")
     page.get_by_text("/predict/", exact=True).first.click()
     page.get_by_role("button", name="Execute").click()
-    page.wait_for_selector(".live-responses-table .response-col_status")
-    assert page.locator(".live-responses-table .response-col_status").first.inner_text().startswith("200")
+    page.wait_for_selector(".live-responses-table tbody .response-col_status")
+    assert page.locator(".live-responses-table tbody .response-col_status").first.inner_text().startswith("200")
     page.screenshot(path=served.run.folder / "docs.png")
 
 
