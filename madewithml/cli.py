@@ -187,7 +187,7 @@ def predict(
     results = predict_table(run_id, dataset_loc, output, threshold)
     _report(results, results_fp, results.model_dump(exclude={"timestamp"}))
 
-# %% ../nbs/13_cli.ipynb #e49953d8
+# %% ../nbs/13_cli.ipynb #c198b571
 @app.command()
 def register(
     run_id: _RunId,
@@ -237,6 +237,7 @@ def serve(
     model_name: _ModelName = None,
     replicas: Annotated[int, _option("processes that answer", "--replicas", min=1)] = 1,
     precision: _Precision = "auto",
+    runtime: Annotated[str, _option("auto, packed or torch: how the forward pass is computed", "--runtime")] = "auto",
     shadow: Annotated[bool, _option("let the challenger answer a copy of the traffic, and log where it differs", "--shadow")] = False,
     token_file: _Token = "",
     data_root: Annotated[Optional[list[Path]], _option("directory whose tables /evaluate/ may read; may be given several times [default: the embedded tables]", "--data-root")] = None,
@@ -246,7 +247,7 @@ def serve(
     config: Annotated[str, _option("further options of the service as JSON, or @FILE", "--config")] = "{}",
 ) -> None:
     "Serve the champion over HTTP until Ctrl-C."
-    options = {"alias": alias, "run_id": run_id, "model_name": model_name or "", "precision": precision, "shadow": shadow, "token_file": token_file and str(Path(token_file).absolute()),
+    options = {"alias": alias, "run_id": run_id, "model_name": model_name or "", "precision": precision, "runtime": runtime, "shadow": shadow, "token_file": token_file and str(Path(token_file).absolute()),
                "data_roots": [str(root.absolute()) for root in data_root or []], "log_dir": str(log_dir.absolute()) if log_dir else "", "log_sample": log_sample, "log_text": log_text}
     options = parse_serve_config(config, **options)
     from madewithml.serve import serve_forever
