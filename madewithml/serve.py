@@ -420,7 +420,7 @@ def build(
     "The application for Ray Serve; a Serve config file names it as `madewithml.serve:build`."
     return Classifier.bind(config)
 
-# %% ../nbs/09_serve.ipynb #24780c18
+# %% ../nbs/09_serve.ipynb #2c8731bf
 _HAPROXY = r"""#!/bin/sh
 # Stands in for HAProxy and completes the configuration that Ray Serve wrote.
 for argument; do
@@ -444,7 +444,7 @@ def proxy_env(
     script.chmod(0o700)
     return {"RAY_worker_niceness": "0",  # Ray's workers give way to everything else, which is right for training
             "GOMP_SPINCOUNT": "3000",  # threads of a forward pass look for work for some microseconds before they sleep: waking them up for each layer took as long as the layer
-            "RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "65536",  # otherwise Ray shows its figures to everybody; there is no such port, so it goes without
+            "RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "65536", "DASHBOARD_METRIC_PORT": "65536",  # otherwise Ray shows its figures to everybody; there is no such port, so it goes without
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # HAProxy, on the same machine, knows within one
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # what died with a replica is asked of another; a prediction may be made twice
             "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_HAPROXY_BINARY_PATH": str(script), "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),

@@ -47,8 +47,8 @@ def test_bad_option(args: list[str], said: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("args", "said"), [
-    (["tune", "--dataset-loc", str(ROOT / "datasets" / "dataset.csv"), "--search-space", '{"speed": {"choice": [1]}}'], "'speed'"),
-    (["tune", "--dataset-loc", str(ROOT / "datasets" / "dataset.csv"), "--initial-params", '[{"patience": 1}]'], "'patience' is not searched"),
+    pytest.param(["tune", "--dataset-loc", str(ROOT / "datasets" / "dataset.csv"), "--search-space", '{"speed": {"choice": [1]}}'], "'speed'", marks=pytest.mark.slow),
+    pytest.param(["tune", "--dataset-loc", str(ROOT / "datasets" / "dataset.csv"), "--initial-params", '[{"patience": 1}]'], "'patience' is not searched", marks=pytest.mark.slow),
     (["submit", "train"], "No cluster is named"),
     (["submit", "no-such-workload"], "There is no workload"),
     (["cluster", "status"], "No cluster was started"),
