@@ -187,7 +187,7 @@ def predict(
     results = predict_table(run_id, dataset_loc, output, threshold)
     _report(results, results_fp, results.model_dump(exclude={"timestamp"}))
 
-# %% ../nbs/13_cli.ipynb #c198b571
+# %% ../nbs/13_cli.ipynb #419810d4
 @app.command()
 def register(
     run_id: _RunId,
@@ -209,7 +209,6 @@ def promote(
     results_fp: _Results = None,
 ) -> None:
     "Compare the challenger with the champion and make it the champion; exit code 1 where the policy refuses."
-    if force and not reason.strip(): raise UserError("--force needs --reason: it is kept with the decision.")
     from madewithml.compare import gate_table
     from madewithml.registry import check_promotion, promote_model
     results = promote_model(model_name, dataset_loc, policy, force, reason)

