@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RESULTS', 'Results', 'Expectation', 'ValidateResults', 'EpochMetrics', 'TrainResults', 'Trial', 'TuneResults',
            'Scores', 'Overall', 'CalibrationBin', 'BehaviorCase', 'Mistake', 'EvaluateResults', 'PredictResults',
-           'RegisterResults', 'Candidate', 'GateCheck', 'PromoteResults', 'write_results', 'read_results']
+           'RegisterResults', 'Candidate', 'GateCheck', 'PromoteResults', 'DriftTest', 'Performance', 'MonitorResults',
+           'TriggerResults', 'write_results', 'read_results']
 
 # %% ../nbs/00_results.ipynb #83835c0b
 from datetime import UTC, datetime
@@ -210,8 +211,54 @@ class PromoteResults(Results):
     f1_difference_high: float = Field(0, description="upper end")
 
 # %% ../nbs/00_results.ipynb #c5f9eee1
+class DriftTest(BaseModel):
+    "One comparison of a window with the reference."
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(description="what was compared: 'text', 'predicted classes', 'confidence', 'length', 'unknown tokens' or 'language'")
+    num_samples: int = Field(ge=0, description="rows of the window that it could use")
+    statistic: float
+    effect: float = Field(description="size of the difference, in the test's own measure, comparable between windows of different size")
+    p_value: float = Field(ge=0, le=1)
+    p_adjusted: float = Field(ge=0, le=1, description="p-value corrected for the number of tests (Holm)")
+    alarm: bool
+    observed: str = Field("", description="what was seen, in words; or why the test was not possible")
+
+class Performance(BaseModel):
+    "How good the champion is on the window."
+    model_config = ConfigDict(extra="forbid")
+    source: Literal["labels", "estimate"] = Field(description="from delayed labels, or from the calibrated confidence where there are none")
+    metric: Literal["f1", "accuracy"] = Field(description="weighted F1 from labels; accuracy when it is estimated")
+    value: float = Field(ge=0, le=1)
+    low: float = Field(ge=0, le=1, description="lower end of its 95 % interval")
+    high: float = Field(ge=0, le=1, description="upper end")
+    reference: float = Field(ge=0, le=1, description="the same metric on the champion's holdout")
+    num_samples: int = Field(ge=0)
+    alarm: bool
+
+class MonitorResults(Results):
+    "Result of the workload `monitor`: one window."
+    run_id: str = Field(description="run of the version that answered")
+    version: int | None
+    window_start: str = Field(description="time of the window's first prediction, UTC; empty without rows")
+    window_end: str = Field(description="of its last")
+    num_samples: int = Field(ge=0)
+    enough: bool = Field(description="whether the window has the rows that the tests need; without them nothing raises an alarm")
+    tests: list[DriftTest]
+    performance: Performance | None
+    drift: bool = Field(description="whether a drift test raises an alarm")
+    alarm: bool = Field(description="drift, or a fall in performance")
+
+class TriggerResults(Results):
+    "One decision of the trigger, with the figures behind it."
+    decision: Literal["nothing", "retrain", "alert"]
+    reasons: list[str] = Field(description="one sentence each, with its figures")
+    policy: dict[str, Any]
+    figures: dict[str, Any] = Field(description="what the decision rests on")
+    outcome: str = Field("", description="what came of acting on it; empty before, or where nothing was to do")
+
+# %% ../nbs/00_results.ipynb #13368cb3
 RESULTS = {"validate": ValidateResults, "train": TrainResults, "tune": TuneResults, "evaluate": EvaluateResults, "predict": PredictResults, "register": RegisterResults,
-           "promote": PromoteResults}
+           "promote": PromoteResults, "monitor": MonitorResults, "trigger": TriggerResults}
 _R = TypeVar("_R", bound=Results)
 
 # %% ../nbs/00_results.ipynb #b88cdcca
