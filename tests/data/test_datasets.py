@@ -32,11 +32,17 @@ def test_size_and_columns(name: str, least: int) -> None:
 def test_no_row_twice(everything: pd.DataFrame) -> None:
     assert everything["id"].is_unique
     assert measures.near_duplicates(row_texts(everything)) == []
+    assert measures.retellings(row_texts(everything)) == []
 
 
 def test_near_duplicates_are_found() -> None:
     texts = ["one two three four five six seven eight nine ten", "One two three four five six, seven eight nine ten eleven!", "something else"]
     assert [pair[1:] for pair in measures.near_duplicates(texts)] == [(0, 1)]
+
+
+def test_a_project_told_twice_is_found() -> None:
+    texts = ["Drowsy driver alarm: it beeps when the eye aspect ratio falls", "Counting apples in orchard photos", "Eye aspect ratio low, beep! My drowsy driver alarm"]
+    assert [pair[1:] for pair in measures.retellings(texts)] == [(0, 2)]
 
 
 @pytest.mark.parametrize("name", ["dataset.csv", "holdout.csv"])
