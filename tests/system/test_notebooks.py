@@ -1,8 +1,15 @@
 """Every notebook runs from a fresh kernel, top to bottom, and says nothing that a reader could do nothing about."""
 import importlib.util
+import json
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -90,3 +97,59 @@ def test_looks_at_a_table_of_other_columns(tmp_path: Path, monkeypatch: pytest.M
     shown = "\n".join(output.get("data", {}).get("text/html", "") for cell in executed.cells for output in cell.get("outputs", []))
     assert re.search(r"<th>the text of another row</th>\s*<td>1</td>", shown)
     assert re.search(rf"<td>9</td>\s*<td>{table['topic'][7]}</td>", shown), "row 9 of the file is not among the suspicious ones"
+
+
+def test_lab_settings_are_known() -> None:
+    """JupyterLab ignores a setting that it does not know, and a workspace whose notebook is gone opens empty."""
+    schemas = Path(sys.prefix) / "share" / "jupyter" / "lab" / "schemas"
+    overrides = json.loads((ROOT / "tools" / "lab" / "labconfig" / "default_setting_overrides.json").read_text(encoding="utf-8"))
+    for plugin, settings in overrides.items():
+        extension, name = plugin.split(":")
+        known = json.loads((schemas / extension / f"{name}.json").read_text(encoding="utf-8"))["properties"]
+        assert settings.keys() <= known.keys(), plugin
+    workspace = json.loads((ROOT / "tools" / "lab" / "workspace.json").read_text(encoding="utf-8"))["data"]
+    assert workspace["layout-restorer:data"]["left"]["current"] == "@jupyterlab/toc:plugin"
+    for widget in workspace["layout-restorer:data"]["main"]["dock"]["widgets"]:
+        assert (NBS / workspace[widget]["data"]["path"]).is_file(), widget
+
+
+@pytest.mark.slow
+def test_lab_opens_with_the_table_of_contents(tmp_path: Path) -> None:
+    """As `make lab` starts it: the contents on the left, the first notebook beside them, and no request to anywhere else."""
+    from playwright.sync_api import sync_playwright
+
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    environment = os.environ | {"JUPYTER_CONFIG_PATH": str(ROOT / "tools" / "lab"), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path / "workspaces"),
+                                "JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "settings")}
+    lab = [str(Path(sys.executable).with_name("jupyter")), "lab"]
+    subprocess.run([*lab, "workspaces", "import", str(ROOT / "tools" / "lab" / "workspace.json")], env=environment, check=True, capture_output=True)
+    shutil.copy(NBS / "index.ipynb", tmp_path)  # opening a notebook may rewrite its metadata
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    command = [*lab, "--no-browser", f"--port={url.rsplit(':', 1)[1]}", "--IdentityProvider.token=", "--allow-root"]  # the loopback address alone, for seconds
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server, sync_playwright() as playwright:
+        try:
+            until = time.monotonic() + 60
+            while not _answers(f"{url}/api") and time.monotonic() < until:
+                time.sleep(0.3)
+            browser, asked = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"]), []
+            page = browser.new_page()
+            page.on("request", lambda request: asked.append(request.url))
+            page.goto(f"{url}/lab")
+            page.wait_for_selector("#table-of-contents", state="visible", timeout=60_000)
+            page.wait_for_selector("#table-of-contents >> text=Two commands", timeout=60_000)
+            assert page.locator(".jp-NotebookPanel").count() == 1
+            assert all(address.startswith((url, "data:", "blob:")) for address in asked), asked
+            browser.close()
+        finally:
+            server.terminate()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):  # noqa: S310
+            return True
+    except urllib.error.URLError:
+        return False
