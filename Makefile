@@ -40,8 +40,11 @@ test-load: install ## the service under load, killed and overloaded; three quart
 serve: install ## serve the champion on port 8000 until Ctrl-C (after `make run` and `madewithml promote`)
 	@$(BIN)/madewithml serve
 
-lab: install ## open JupyterLab in nbs/
-	@cd nbs && ../$(BIN)/jupyter lab
+lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/tools/lab
+lab: export JUPYTERLAB_WORKSPACES_DIR := $(CURDIR)/$(VENV)/lab-workspaces
+lab: install ## open JupyterLab in nbs/, the first time with the table of contents and index.ipynb
+	@test -d $(VENV)/lab-workspaces || $(BIN)/jupyter lab workspaces import tools/lab/workspace.json >/dev/null
+	@cd nbs && ../$(BIN)/jupyter lab $(LAB_OPTIONS)
 
 export: install ## write madewithml/ from the notebooks, clean them, and make README.md
 	@$(BIN)/python tools/check.py --fix

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from .config import PromotionPolicy
 from .data import row_texts
 from .evaluate import evaluate_predictions, read_behavior, test_behavior, weighted_f1
+from .plots import INK, PALETTE, styled
 from .predict import Predictor
 from .results import Candidate, GateCheck, PromoteResults
 
@@ -109,20 +110,19 @@ def gate_table(
     rows = [{"demand": check.name, "challenger": check.challenger, "champion": check.champion, "limit": check.limit, "met": "yes" if check.success else "NO"} for check in results.checks]
     return pd.DataFrame(rows).set_index("demand").round(3)
 
+@styled
 def plot_comparison(
     results:PromoteResults, # of a promotion
 ) -> plt.Figure:
     "F1 of both versions, overall and by class and slice; empty without a champion."
-    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(6, 3.2))
     if results.champion is not None:
         new, old = ({"all rows": one.overall} | one.per_class | one.slices for one in (results.challenger, results.champion))
         names = [name for name in old if old[name].num_samples]
         for i, name in enumerate(reversed(names)):
-            axis.plot([old[name].f1, new[name].f1], [i, i], color="grey", linewidth=1.5, zorder=1)
-            axis.scatter(old[name].f1, i, color="grey", zorder=2, label=f"champion, version {results.champion.version}" if i == 0 else None)
-            axis.scatter(new[name].f1, i, color="#0072B2", zorder=3, label=f"challenger, version {results.challenger.version}" if i == 0 else None)
+            axis.plot([old[name].f1, new[name].f1], [i, i], color=INK, linewidth=1.5, zorder=1)
+            axis.scatter(old[name].f1, i, color=INK, marker="s", zorder=2, label=f"champion, version {results.champion.version}" if i == 0 else None)
+            axis.scatter(new[name].f1, i, color=PALETTE[0], zorder=3, label=f"challenger, version {results.challenger.version}" if i == 0 else None)
         axis.set(yticks=range(len(names)), yticklabels=[f"{name} ({old[name].num_samples})" for name in reversed(names)], xlabel="F1 (rows in brackets)")
-        axis.legend(frameon=False, fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)
+        axis.legend(fontsize=8)
     return figure

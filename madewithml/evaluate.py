@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SLICES', 'scores', 'per_class_scores', 'bootstrap_f1', 'weighted_f1', 'class_name_absent', 'slice_rows',
-           'calibration_bins', 'expected_calibration_error', 'read_behavior', 'test_behavior', 'baseline_f1',
-           'evaluate_predictions', 'evaluate_model', 'plot_confusion', 'plot_reliability', 'check_behavior']
+           'calibration_bins', 'expected_calibration_error', 'read_behavior', 'test_behavior', 'fit_baseline',
+           'baseline_f1', 'evaluate_predictions', 'evaluate_model', 'plot_confusion', 'plot_reliability',
+           'check_behavior']
 
 # %% ../nbs/06_evaluate.ipynb #10d43536
 from collections.abc import Callable, Mapping
@@ -15,11 +16,12 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 
 from .config import CheckFailed, UserError, get_settings, packaged_dir
 from .data import read_labeled, read_table, row_texts, table_digest
 from .models import label_names, load_classifier, predict_proba
+from .plots import INK, styled
 from .results import BehaviorCase, CalibrationBin, EvaluateResults, Mistake, Overall, Scores
 from .tracking import checkpoint_dir
 
@@ -148,15 +150,19 @@ def test_behavior(
 test_behavior.__test__ = False  # a function of the product, not one that pytest shall collect
 
 # %% ../nbs/06_evaluate.ipynb #fc77f0af
+def fit_baseline(
+    train:pd.DataFrame, # labelled rows to learn from
+) -> Pipeline:
+    "TF-IDF + logistic regression, fitted: it takes texts and predicts labels."
+    model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=2000, class_weight="balanced"))
+    return model.fit(row_texts(train), train[get_settings().label_column])
+
 def baseline_f1(
     train:pd.DataFrame, # labelled rows to learn from
     rows:pd.DataFrame, # labelled rows to judge
 ) -> float:
     "Weighted F1 of TF-IDF + logistic regression, 0 to 1."
-    label = get_settings().label_column
-    model = make_pipeline(TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10, max_iter=2000, class_weight="balanced"))
-    model.fit(row_texts(train), train[label])
-    return scores(rows[label].to_numpy(), model.predict(row_texts(rows))).f1
+    return scores(rows[get_settings().label_column].to_numpy(), fit_baseline(train).predict(row_texts(rows))).f1
 
 # %% ../nbs/06_evaluate.ipynb #470cd67b
 def evaluate_predictions(
@@ -205,33 +211,32 @@ def evaluate_model(
     return EvaluateResults(run_id=run_id, dataset_loc=str(dataset_loc), dataset_digest=table_digest(dataset_loc), behavior=behavior, **parts)
 
 # %% ../nbs/06_evaluate.ipynb #996f2633
+@styled
 def plot_confusion(
     results:EvaluateResults, # of an evaluation
 ) -> plt.Figure:
     "Confusion matrix: rows are true labels, shaded by share of the row."
     names, counts = list(results.per_class), np.array(results.confusion)
-    figure, axis = plt.subplots(figsize=(1.6 + 0.9 * len(names), 1.2 + 0.7 * len(names)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(1.6 + 0.9 * len(names), 1.2 + 0.7 * len(names)))
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (i, j), count in np.ndenumerate(counts): axis.text(j, i, count, ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
     axis.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names, xlabel="predicted", ylabel="true")
     axis.set_xticklabels(names, rotation=30, ha="right")
-    plt.close(figure)
     return figure
 
+@styled
 def plot_reliability(
     results:EvaluateResults, # of an evaluation
 ) -> plt.Figure:
     "Reliability diagram: accuracy against confidence, with the rows in each bin."
     bars = [bar for bar in results.calibration if bar.num_samples]
-    figure, axis = plt.subplots(figsize=(4, 3.4), layout="constrained")
-    axis.plot([0, 1], [0, 1], "--", color="grey", linewidth=1, label="perfectly calibrated")
-    axis.plot([bar.confidence for bar in bars], [bar.accuracy for bar in bars], "o-", color="#0072B2", label="model")
-    for bar in bars: axis.annotate(bar.num_samples, (bar.confidence, bar.accuracy), textcoords="offset points", xytext=(6, -10), fontsize=8, color="grey")
+    figure, axis = plt.subplots(figsize=(4, 3.4))
+    axis.plot([0, 1], [0, 1], "--", color=INK, linewidth=1, label="perfectly calibrated")
+    axis.plot([bar.confidence for bar in bars], [bar.accuracy for bar in bars], "o-", label="model")
+    for bar in bars: axis.annotate(bar.num_samples, (bar.confidence, bar.accuracy), textcoords="offset points", xytext=(6, -10), fontsize=8)
     axis.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="mean confidence", ylabel="accuracy", title=f"calibration error {results.overall.expected_calibration_error:.3f}")
-    axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)
+    axis.legend()
     return figure
 
 # %% ../nbs/06_evaluate.ipynb #0ad92efe

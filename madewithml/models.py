@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'pick_device', 'bf16_in_hardware', 'pick_precision', 'autocast', 'set_seed', 'encoder_source',
            'quiet_transformers', 'load_tokenizer', 'build_classifier', 'model_inputs', 'label_names', 'predict_tokens',
-           'softmax', 'settle_close_calls', 'predict_proba', 'max_tokens', 'save_classifier', 'load_classifier']
+           'softmax', 'settle_close_calls', 'predict_proba', 'max_tokens', 'load_encoder', 'embed_texts',
+           'save_classifier', 'load_classifier']
 
 # %% ../nbs/03_models.ipynb #547af555
 import random, warnings
@@ -17,7 +18,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 import numpy as np, torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from .config import UserError, atomic_path, get_settings
@@ -188,6 +189,38 @@ def max_tokens(
 ) -> int:
     "Tokens of a text that the classifier was trained on; a saved tokenizer remembers it."
     return min(tokenizer.model_max_length, 8192)
+
+# %% ../nbs/03_models.ipynb #deca3bf5
+def load_encoder(
+    llm:str, # 'embedded', a Hugging Face id or a directory
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    "The encoder without a classification layer, ready to embed, and its tokenizer. Raises: UserError where it cannot be had."
+    tokenizer = load_tokenizer(llm)
+    try:
+        with quiet_transformers(): encoder = AutoModel.from_pretrained(encoder_source(llm), dtype=torch.float32)
+    except (OSError, ValueError) as error: raise UserError(f"--llm {llm!r}: {str(error).splitlines()[0]}") from None
+    return encoder.to(pick_device()).eval(), tokenizer
+
+def embed_texts(
+    model:PreTrainedModel, # an encoder, or a classifier, whose encoder is taken
+    tokenizer:PreTrainedTokenizerFast, # its tokenizer
+    texts:list[str], # joined texts, see `data.row_texts`
+    precision:str="auto", # 'auto', 'bf16' or 'fp32'
+) -> np.ndarray:
+    "Mean of the encoder's last states over the tokens of each text, scaled to length 1: (texts, width) in fp32."
+    encoder, device = model.base_model, model.device
+    tokens = tokenize(texts, tokenizer, min(get_settings().max_length, max_tokens(tokenizer)))
+    vectors = np.zeros((len(texts), encoder.config.hidden_size), dtype=np.float32)
+    training = model.training
+    model.eval()
+    with torch.inference_mode(), autocast(pick_precision(precision, device), device):
+        for batch in _batches_by_tokens(np.argsort(tokens.lengths, kind="stable"), tokens.lengths, 4096):
+            inputs = model_inputs(tokens, batch, tokenizer.pad_token_id, device)
+            mask = inputs["attention_mask"].unsqueeze(-1)
+            states = encoder(**inputs).last_hidden_state.float()
+            vectors[batch] = torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1)).cpu().numpy()
+    model.train(training)
+    return vectors
 
 # %% ../nbs/03_models.ipynb #fe0a00a8
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".msgpack", ".h5")

@@ -249,12 +249,13 @@ def fine_tune(
     pad_id:int, # token id that fills up
     precision:str="fp32", # 'bf16' or 'fp32'
     seed:int=0, # of order and dropout
+    on_step:Callable[[int, int, int], None]=lambda epoch, step, steps: None, # called after each optimiser step
 ) -> list[EpochMetrics]:
     "Fine-tunes in this process and returns each epoch's metrics."
     if config.warm_start: warm_start(model, train, pad_id, precision)
     tuning = FineTuning(model, config, num_steps(len(train), config), pad_id, precision, seed, label_weights(train, model, config))
     history: list[EpochMetrics] = []
-    for metrics in run_epochs(tuning, train, val):
+    for metrics in run_epochs(tuning, train, val, on_step=on_step):
         history.append(metrics)
         if best_epoch(history) is metrics: best = {name: value.clone() for name, value in model.state_dict().items()}
     model.load_state_dict(best)

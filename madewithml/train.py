@@ -27,6 +27,7 @@ from .data import Tokens, label_ids, read_labeled, row_texts, stratified_sample,
 from .job import TrainJob, start_worker
 from .models import load_tokenizer, pick_precision
 from .optimize import best_epoch
+from .plots import PALETTE, styled
 from .results import EpochMetrics, TrainResults
 from .storage import durable, exists, locate, remove_tree
 from .tracking import CHECKPOINT, begin_run, connect_mlflow, experiment_id, log_best, provenance
@@ -154,20 +155,19 @@ def _resumable(checkpoints: str) -> bool:
         except ValueError: return False
 
 # %% ../nbs/04_train.ipynb #203d7049
+@styled
 def plot_history(
     metrics:list[EpochMetrics], # a row an epoch
 ) -> plt.Figure:
     "Loss and F1 over the epochs."
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
     epochs = [row.epoch for row in metrics]
-    left.plot(epochs, [row.train_loss for row in metrics], "o-", color="#0072B2", label="training")
-    left.plot(epochs, [row.val_loss for row in metrics], "s-", color="#D55E00", label="validation")
+    left.plot(epochs, [row.train_loss for row in metrics], "o-", label="training")
+    left.plot(epochs, [row.val_loss for row in metrics], "s-", label="validation")
     left.set(xlabel="epoch", ylabel="cross-entropy (nats)", xticks=epochs)
-    left.legend(frameon=False)
-    right.plot(epochs, [row.val_f1 for row in metrics], "s-", color="#D55E00")
+    left.legend()
+    right.plot(epochs, [row.val_f1 for row in metrics], "s-", color=PALETTE[1])
     right.set(xlabel="epoch", ylabel="validation F1, weighted", xticks=epochs)
-    for axis in (left, right): axis.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)
     return figure
 
 # %% ../nbs/04_train.ipynb #e1a6327e

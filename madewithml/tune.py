@@ -29,6 +29,7 @@ from .config import TrainConfig, UserError, digest, get_logger
 from .data import Tokens
 from .job import TrainJob
 from .optimize import best_epoch, stopped_early
+from .plots import INK, PALETTE, SHADES, styled
 from .results import EpochMetrics, Trial, TuneResults
 from .storage import damage, durable, locate, remove_tree
 from .tracking import CHECKPOINT, begin_run, connect_mlflow, experiment_id, log_best, provenance
@@ -328,52 +329,51 @@ def _distribution(rule: dict, tried: list) -> optuna.distributions.BaseDistribut
     return optuna.distributions.FloatDistribution(low, high, log="log" in kind)
 
 # %% ../nbs/05_tune.ipynb #6a836bd9
-def _ended(trial: Trial) -> str: return {"finished": "#0072B2", "stopped early": "#999999", "failed": "#D55E00"}[trial.status]
+def _ended(trial: Trial) -> str: return {"finished": PALETTE[0], "stopped early": INK, "failed": PALETTE[1]}[trial.status]
 
+@styled
 def plot_trials(
     results:TuneResults, # of a search
 ) -> plt.Figure:
     "Validation loss of each trial over its epochs, the loss of each trial in order, and the hyperparameters' importance."
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3))
     for trial in results.trials:
         left.plot([m.epoch for m in trial.metrics], [m.val_loss for m in trial.metrics], "o-", markersize=3, color=_ended(trial), alpha=0.7)
     left.set(xlabel="epoch", ylabel="validation loss (nats)", title="blue: finished, grey: stopped early")
     left.xaxis.get_major_locator().set_params(integer=True)
     losses = [trial.val_loss for trial in results.trials]
     middle.scatter(range(1, len(losses) + 1), losses, c=[_ended(trial) for trial in results.trials], s=18)
-    middle.step(range(1, len(losses) + 1), np.minimum.accumulate(losses), where="post", color="#009E73", label="best so far")
+    middle.step(range(1, len(losses) + 1), np.minimum.accumulate(losses), where="post", color=PALETTE[2], label="best so far")
     middle.set(xlabel="trial", ylabel="validation loss (nats)", title="history")
-    middle.legend(frameon=False)
+    middle.legend()
     names = list(results.importance)[::-1]
-    right.barh(names, [results.importance[name] for name in names], color="#0072B2")
+    right.barh(names, [results.importance[name] for name in names])
     right.set(xlabel="share of the variance (fANOVA)", xlim=(0, 1), title="importance")
-    for axis in (left, middle, right): axis.spines[["top", "right"]].set_visible(False)
-    plt.close(figure)
     return figure
 
 # %% ../nbs/05_tune.ipynb #3aee36a1
+@styled
 def plot_parallel(
     results:TuneResults, # of a search
 ) -> plt.Figure:
-    "Each trial as a line across its hyperparameters, the darker the lower its validation loss."
+    "Each trial as a line across its hyperparameters, the bluer the lower its validation loss."
     names = list(results.search_space)
-    figure, axis = plt.subplots(figsize=(1.6 * len(names) + 2, 3.2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(1.6 * len(names) + 2, 3.2))
     losses = np.array([trial.val_loss for trial in results.trials])
     shade = (losses - losses.min()) / max(np.ptp(losses), 1e-12)
     for trial, lightness in sorted(zip(results.trials, shade, strict=True), key=lambda pair: -pair[1]):
         best = trial.trial_id == results.best_trial
         axis.plot(range(len(names)), [_height(results.search_space[name], trial.params[name]) for name in names], "o-", markersize=4,
-                  color="#D55E00" if best else plt.cm.cividis(0.9 * lightness), linewidth=2.5 if best else 1.2, label="best" if best else None)
+                  color=PALETTE[1] if best else SHADES(lightness), linewidth=2.5 if best else 1.2, label="best" if best else None)
     for i, name in enumerate(names):
         (kind, arguments), = results.search_space[name].items()
         for height, value in [(_height({kind: arguments}, v), v) for v in (arguments if kind == "choice" else arguments[:2])]:
             axis.annotate(_short(value), (i, height), xytext=(5, 0), textcoords="offset points", fontsize=8, va="center")
-        axis.axvline(i, color="#cccccc", linewidth=0.8, zorder=0)
+        axis.axvline(i, color=INK, alpha=0.5, linewidth=0.8, zorder=0)
     axis.set(xticks=range(len(names)), xticklabels=names, yticks=[], ylim=(-0.08, 1.08), xlim=(-0.2, len(names) - 0.4))
     axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(losses.min(), losses.max()), "cividis"), ax=axis, label="validation loss (nats)")
-    axis.legend(frameon=False, loc="upper right")
-    plt.close(figure)
+    figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(losses.min(), losses.max()), SHADES), ax=axis, label="validation loss (nats)")
+    axis.legend(loc="upper right")
     return figure
 
 def _height(rule: dict, value: Any) -> float:
