@@ -195,22 +195,23 @@ class PromotionPolicy(BaseModel):
 
 _Policy = TypeVar("_Policy", bound=BaseModel)
 
-def _read_policy(kind: type[_Policy], loc: str|Path|None) -> _Policy:
+def _read_policy(kind: type[_Policy], loc: str|Path|None, option: str) -> _Policy:
     "The policy of this kind that the file declares, the rest at its defaults. Raises: UserError."
     if loc is None: return kind()
     try: fields = yaml.safe_load(Path(loc).read_text(encoding="utf-8")) or {}
-    except OSError as error: raise UserError(f"--policy: {error.strerror}: {loc}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise UserError(f"--policy: {loc} is not YAML: {error}.") from None
+    except OSError as error: raise UserError(f"{option}: {error.strerror}: {loc}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error: raise UserError(f"{option}: {loc} is not YAML: {error}.") from None
     fix = f"Known fields: {', '.join(kind.model_fields)}."
-    if not isinstance(fields, dict): raise UserError(f"--policy: {loc} must map fields to values.", fix)
+    if not isinstance(fields, dict): raise UserError(f"{option}: {loc} must map fields to values.", fix)
     try: return kind(**fields)
-    except ValidationError as error: raise UserError(f"--policy: {loc}: " + _first_error(error), fix) from None
+    except ValidationError as error: raise UserError(f"{option}: {loc}: " + _first_error(error), fix) from None
 
 def read_policy(
     loc:str|Path|None=None, # YAML file; None: the defaults
+    option:str="--policy", # that an error names
 ) -> PromotionPolicy:
     "The promotion policy that the file declares, the rest at its defaults. Raises: UserError."
-    return _read_policy(PromotionPolicy, loc)
+    return _read_policy(PromotionPolicy, loc, option)
 
 # %% ../nbs/00_config.ipynb #b63dd679
 class TriggerPolicy(BaseModel):
@@ -244,7 +245,7 @@ def read_trigger_policy(
     loc:str|Path|None=None, # YAML file; None: the defaults
 ) -> TriggerPolicy:
     "The trigger's policy that the file declares, the rest at its defaults. Raises: UserError."
-    return _read_policy(TriggerPolicy, loc)
+    return _read_policy(TriggerPolicy, loc, "--policy")
 
 # %% ../nbs/00_config.ipynb #42ccb0cd
 def packaged_dir(
