@@ -134,13 +134,17 @@ def test_wrong_option(args: list[str], said: str, tmp_path: Path) -> None:
 
 
 def test_drift_in_two_windows_without_rows_alerts(tmp_path: Path) -> None:
-    """Each call sees the one results file that the monitor overwrites; the ledger remembers the window before."""
+    """Each call sees the one results file that the monitor overwrites; the ledger remembers the window before. A webhook that nobody answers loses no decision."""
+    (tmp_path / "policy.yaml").write_text("webhook_tries: 1")
     for hour, decision in enumerate(["nothing", "nothing", "alert", "nothing"]):
         window = MonitorResults(run_id="r", version=1, window_start=f"2026-01-01T{hour:02}:00", window_end=f"2026-01-01T{hour + 1:02}:00", num_samples=200, enough=True, tests=[],
                                 performance=None, drift=hour > 0, alarm=hour > 0)
         (tmp_path / "monitor.json").write_text(window.model_dump_json())
-        done = run_cli("trigger", "--monitor-results", "monitor.json", cwd=tmp_path)
+        done = run_cli("trigger", "--monitor-results", "monitor.json", "--policy", "policy.yaml", cwd=tmp_path, MADEWITHML_WEBHOOK_URL="http://127.0.0.1:9/secret")
         assert done.returncode == 0 and f'"decision": "{decision}"' in done.stdout, (hour, done.stdout, done.stderr)
+        message = json.loads((tmp_path / "results" / "trigger" / "trigger.json").read_text())["message"]
+        assert message == ("not delivered to 127.0.0.1 in 1 tries: nobody answers" if decision == "alert" else "")
+    assert "secret" not in (tmp_path / "storage" / "trigger" / "ledger.jsonl").read_text()
 
 
 def test_watch_sees_what_comes_and_ends_cleanly(tmp_path: Path) -> None:
@@ -236,6 +240,19 @@ def test_worse_challenger_is_never_promoted(trial: int, small: Run, tables: tupl
     again = loop.trigger("--num-epochs", "1")
     assert again.returncode == 0 and '"decision": "nothing"' in again.stdout and loop.champion == 1
     print(f"trial {trial}: {entry['outcome']}")
+
+
+@pytest.mark.slow
+def test_failed_retrain_is_written_down_and_cools_down(small: Run, tables: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
+    """A retrain that ends in a user's mistake says so in one line, keeps the champion and the new rows, and is not tried again at once."""
+    loop = loop_of(small, tmp_path, tables[0])
+    loop.come(tables[1].sample(200, random_state=0))
+    done = loop.trigger("--llm", "/nowhere/model")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "/nowhere/model" in done.stderr, done.stdout + done.stderr
+    (entry,) = loop.ledger
+    assert (entry["decision"], entry["status"]) == ("retrain", "failed") and "/nowhere/model" in entry["outcome"] and loop.champion == 1
+    again = loop.trigger()
+    assert again.returncode == 0 and "200 new labelled rows wait" in again.stdout and "the cool-down is 24" in again.stdout, again.stdout + again.stderr
 
 
 @pytest.mark.slow
