@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'cluster', 'run', 'validate', 'train', 'tune', 'evaluate', 'predict', 'register', 'promote', 'rollback',
-           'serve', 'deploy', 'get_best_run_id', 'report', 'workload', 'submit', 'up', 'status', 'down', 'version',
-           'main']
+           'serve', 'deploy', 'get_best_run_id', 'report', 'trigger', 'workload', 'submit', 'up', 'status', 'down',
+           'version', 'main']
 
 # %% ../nbs/13_cli.ipynb #31a30c0e
 import json, sys
@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .config import CheckFailed, TrainConfig, UserError, get_settings, packaged_dir, parse_serve_config, parse_train_config, workload_notebook, write_json
+from .config import CheckFailed, TrainConfig, UserError, get_settings, packaged_dir, parse_serve_config, parse_train_config, read_policy, read_trigger_policy, workload_notebook, write_json
 
 # %% ../nbs/13_cli.ipynb #d24631d9
 app = typer.Typer(name="madewithml", help="From a labelled table to a tested, registered text classifier.", no_args_is_help=True,
@@ -282,6 +282,40 @@ def report(
     "Write a run's report again, say to compare it with another run."
     from madewithml.report import write_report
     _show_report(write_report(get_settings().results / run_name, compare))
+
+# %% ../nbs/13_cli.ipynb #a2ae4a16
+@app.command()
+def trigger(
+    policy: Annotated[Optional[Path], _option("YAML file that says when to act, and how [default: those of deploy/trigger.yaml]", "--policy")] = None,
+    monitor_results: Annotated[Optional[Path], _option("results file of the monitor, or a directory with some [default: the results root]", "--monitor-results")] = None,
+    new_data: Annotated[Optional[str], _option("directory or table with new labelled rows: path or URI [default: none]", "--new-data")] = None,
+    dataset_loc: Annotated[Optional[str], _option("first training table [default: the one that the champion's was made from]", "--dataset-loc")] = None,
+    holdout_loc: Annotated[Optional[str], _option("labelled table to judge on, none of whose rows is learned [default: the embedded one, if the first table is]", "--holdout-loc")] = None,
+    promotion_policy: Annotated[Optional[Path], _option("YAML file with the limits of the promotion gate [default: those of deploy/promotion.yaml]", "--promotion-policy")] = None,
+    model_name: _ModelName = None,
+    watch: Annotated[Optional[float], _option("look again after this many seconds, until Ctrl-C [default: look once]", "--watch", min=0.1)] = None,
+    dry_run: Annotated[bool, _option("decide only, and leave no trace", "--dry-run")] = False,
+    address: _Address = None, experiment_name: _Experiment = None, train_loop_config: _Loop = "{}", num_workers: _Workers = 1, cpu_per_worker: _Cpus = None, gpu_per_worker: _Gpus = 0,
+    num_samples: _Samples = None, num_epochs: _Epochs = None, batch_size: _Batch = None, llm: _Llm = None, precision: _Precision = "auto", seed: _Seed = None,
+    max_length: _Length = None,
+    results_fp: Annotated[Optional[Path], _option("JSON file to write the decision to [default: trigger/trigger.json in the results root]", "--results-fp")] = None,
+) -> None:
+    "Decide from the monitor's results and new tables whether to retrain, to alert or to do nothing, and do it; exit code 1 where a table or the challenger is refused."
+    parse_train_config(train_loop_config, num_epochs=num_epochs, batch_size=batch_size)
+    wanted = read_trigger_policy(policy)
+    read_policy(promotion_policy, "--promotion-policy")  # a wrong one is told now, not after the training
+    from madewithml.results import write_results
+    from madewithml.retrain import check_trigger, read_windows, run_trigger
+    from madewithml.retrain import watch as watch_forever
+    def turn() -> None:
+        decision, judged = run_trigger(wanted, read_windows(monitor_results), new_data, dataset_loc, holdout_loc, promotion_policy, model_name, address, dry_run,
+                                       experiment_name=experiment_name, train_loop_config=train_loop_config, num_workers=num_workers, cpu_per_worker=cpu_per_worker, gpu_per_worker=gpu_per_worker,
+                                       num_samples=num_samples, num_epochs=num_epochs, batch_size=batch_size, llm=llm, precision=precision, seed=seed, max_length=max_length)
+        if not dry_run: write_results(decision, results_fp or get_settings().results / "trigger" / "trigger.json")
+        typer.echo(json.dumps(decision.model_dump(include={"id", "decision", "causes", "status", "outcome", "message"}), ensure_ascii=False))
+        check_trigger(decision, judged)
+    if watch is None: turn()
+    else: watch_forever(turn, watch)
 
 # %% ../nbs/13_cli.ipynb #db8fd6c3
 @app.command(context_settings={"ignore_unknown_options": True})

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UserError', 'CheckFailed', 'Settings', 'get_settings', 'TrainConfig', 'parse_train_config', 'ServeConfig',
-           'parse_serve_config', 'read_token', 'PromotionPolicy', 'read_policy', 'packaged_dir', 'workload_notebook',
-           'atomic_path', 'write_json', 'digest', 'get_logger']
+           'parse_serve_config', 'read_token', 'PromotionPolicy', 'read_policy', 'TriggerPolicy', 'read_trigger_policy',
+           'packaged_dir', 'workload_notebook', 'atomic_path', 'write_json', 'digest', 'get_logger']
 
 # %% ../nbs/00_config.ipynb #da962182
-import hashlib, json, logging, os, shutil, uuid
+import hashlib, json, logging, os, re, shutil, uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -193,18 +193,59 @@ class PromotionPolicy(BaseModel):
     max_p99_ratio: float = Field(1.5, gt=0, description="the same, as a multiple of the champion's, at most")
     max_size_ratio: float = Field(2.0, gt=0, description="size of the checkpoint as a multiple of the champion's, at most")
 
+_Policy = TypeVar("_Policy", bound=BaseModel)
+
+def _read_policy(kind: type[_Policy], loc: str|Path|None, option: str) -> _Policy:
+    "The policy of this kind that the file declares, the rest at its defaults. Raises: UserError."
+    if loc is None: return kind()
+    try: fields = yaml.safe_load(Path(loc).read_text(encoding="utf-8")) or {}
+    except OSError as error: raise UserError(f"{option}: {error.strerror}: {loc}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error: raise UserError(f"{option}: {loc} is not YAML: {error}.") from None
+    fix = f"Known fields: {', '.join(kind.model_fields)}."
+    if not isinstance(fields, dict): raise UserError(f"{option}: {loc} must map fields to values.", fix)
+    try: return kind(**fields)
+    except ValidationError as error: raise UserError(f"{option}: {loc}: " + _first_error(error), fix) from None
+
 def read_policy(
     loc:str|Path|None=None, # YAML file; None: the defaults
+    option:str="--policy", # that an error names
 ) -> PromotionPolicy:
-    "The policy that the file declares, the rest at its defaults. Raises: UserError."
-    if loc is None: return PromotionPolicy()
-    try: fields = yaml.safe_load(Path(loc).read_text(encoding="utf-8")) or {}
-    except OSError as error: raise UserError(f"--policy: {error.strerror}: {loc}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise UserError(f"--policy: {loc} is not YAML: {error}.") from None
-    fix = f"Known fields: {', '.join(PromotionPolicy.model_fields)}."
-    if not isinstance(fields, dict): raise UserError(f"--policy: {loc} must map fields to numbers.", fix)
-    try: return PromotionPolicy(**fields)
-    except ValidationError as error: raise UserError(f"--policy: {loc}: " + _first_error(error), fix) from None
+    "The promotion policy that the file declares, the rest at its defaults. Raises: UserError."
+    return _read_policy(PromotionPolicy, loc, option)
+
+# %% ../nbs/00_config.ipynb #b63dd679
+class TriggerPolicy(BaseModel):
+    "What makes the trigger act, and how; what `trigger --policy` takes as a YAML file."
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    on_drift: Literal["nothing", "retrain", "alert"] = Field("retrain", description="what to do when the monitor sees drift")
+    on_performance: Literal["nothing", "retrain", "alert"] = Field("retrain", description="what to do when the monitor sees a fall in performance")
+    on_new_data: Literal["nothing", "retrain", "alert"] = Field("retrain", description="what to do when enough new labelled rows have come")
+    on_refused_data: Literal["nothing", "alert"] = Field("alert", description="what to do when a new table is refused")
+    windows_in_row: int = Field(2, ge=1, description="windows with the same kind of alarm, one after the other, before it counts")
+    min_new_rows: int = Field(100, ge=1, description="accepted new rows that a retrain needs; an alarm without them becomes an alert")
+    cool_down_hours: float = Field(24.0, ge=0, description="hours from the beginning of a retrain, promoted, refused or failed, to the next")
+    alert_again_hours: float = Field(24.0, ge=0, description="hours in which an alert for the same causes is not repeated")
+    settle_seconds: float = Field(5.0, ge=0, description="a file that changed less than this ago is taken for one that is still being written")
+    check_agreement: bool = Field(True, description="whether labels of a new table must agree with the champion where it is sure")
+    confident: float = Field(0.9, gt=0, lt=1, description="probability from which the champion is sure")
+    extra_disagreement: float = Field(0.0, ge=0, le=1, description="part of the sure rows that may disagree beyond the champion's own error on the holdout; raise it where new topics are expected")
+    false_refusals: float = Field(0.001, gt=0, lt=0.5, description="part of the honest tables that a comparison by chance refuses, at most")
+    webhook_url: str = Field("", description="http or https address that alerts and outcomes are posted to; empty: the environment variable MADEWITHML_WEBHOOK_URL, or nobody is told")
+    webhook_tries: int = Field(5, ge=1, le=20, description="tries before a message is given up; the pause between them doubles")
+    webhook_timeout_s: float = Field(10.0, gt=0, le=300, description="seconds to wait for an answer to a message")
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _web_address(cls, url: str) -> str:
+        if url and not re.match(r"https?://[^/\s]", url): raise ValueError("must begin with http:// or https:// and name a host")
+        return url
+
+def read_trigger_policy(
+    loc:str|Path|None=None, # YAML file; None: the defaults
+) -> TriggerPolicy:
+    "The trigger's policy that the file declares, the rest at its defaults. Raises: UserError."
+    return _read_policy(TriggerPolicy, loc, "--policy")
 
 # %% ../nbs/00_config.ipynb #42ccb0cd
 def packaged_dir(

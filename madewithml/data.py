@@ -66,13 +66,16 @@ def _parse(loc: str|Path) -> pa.Table:
     kind = table_format(loc)
     try:
         with filesystem.open_input_file(path) as file:
-            if kind == "csv": return csv.read_csv(file, read_options=csv.ReadOptions(use_threads=False), **csv_options())
-            if kind == "json": return arrow_json.read_json(file, arrow_json.ReadOptions(use_threads=False))
-            return parquet.read_table(file)
-    except pa.ArrowException as error: raise UserError(f"{loc}: {_plain(str(error))}") from None
+            if kind == "csv": table = csv.read_csv(file, read_options=csv.ReadOptions(use_threads=False), **csv_options())
+            elif kind == "json": table = arrow_json.read_json(file, arrow_json.ReadOptions(use_threads=False))
+            else: table = parquet.read_table(file)
+        _ = table.column_names, table.schema.pandas_metadata  # decoded only now, and may be broken
+        return table
+    except (pa.ArrowException, OSError, ValueError) as error: raise UserError(f"{loc}: {_plain(str(error))}") from None
 
 def _plain(message: str) -> str:
     "pyarrow's message in a reader's words."
+    if "codec can't decode" in message: return "the header is not UTF-8. Save the file as UTF-8."
     if "Empty CSV" in message or "Empty JSON" in message: return "the file is empty."
     if row := re.search(r"Row #(\d+): CSV conversion error to string: invalid UTF8", message):
         return f"row {row[1]} (the header is row 1) is not UTF-8. Save the file as UTF-8."

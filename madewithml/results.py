@@ -6,7 +6,7 @@
 __all__ = ['RESULTS', 'Results', 'Expectation', 'ValidateResults', 'EpochMetrics', 'TrainResults', 'Trial', 'TuneResults',
            'Scores', 'Overall', 'CalibrationBin', 'BehaviorCase', 'Mistake', 'EvaluateResults', 'PredictResults',
            'RegisterResults', 'Candidate', 'GateCheck', 'PromoteResults', 'DriftTest', 'Performance', 'MonitorResults',
-           'TriggerResults', 'write_results', 'read_results']
+           'TriggerResults', 'BatchResults', 'write_results', 'read_results']
 
 # %% ../nbs/00_results.ipynb #83835c0b
 from datetime import UTC, datetime
@@ -254,7 +254,20 @@ class TriggerResults(Results):
     reasons: list[str] = Field(description="one sentence each, with its figures")
     policy: dict[str, Any]
     figures: dict[str, Any] = Field(description="what the decision rests on")
+    id: str = Field("", description="of the decision; the ledger has a line when it is made and one when it has been acted on")
+    causes: list[str] = Field(default_factory=list, description="'drift', 'performance', 'new data', 'refused data': what asked for something")
     outcome: str = Field("", description="what came of acting on it; empty before, or where nothing was to do")
+    status: Literal["", "promoted", "refused", "failed"] = Field("", description="the outcome of a retrain in a word")
+    message: str = Field("", description="what came of telling the webhook; empty where it was not told")
+
+class BatchResults(Results):
+    "A table of new labelled rows, and whether it may be learned from."
+    loc: str
+    digest: str = Field(description="of the file's bytes")
+    num_samples: int = Field(ge=0, description="rows that are new; those that an earlier state of the file brought are left out")
+    state: Literal["accepted", "refused", "used"] = Field(description="'accepted' waits for a retrain, 'used' is in the training table of a promoted version")
+    checks: list[Expectation] = Field(description="what was expected of it; empty where it could not be read")
+    reason: str = Field("", description="why it was refused, in one line")
 
 # %% ../nbs/00_results.ipynb #13368cb3
 RESULTS = {"validate": ValidateResults, "train": TrainResults, "tune": TuneResults, "evaluate": EvaluateResults, "predict": PredictResults, "register": RegisterResults,

@@ -340,6 +340,13 @@ def test_promotion_policy_shows_the_defaults() -> None:
     assert read_policy(DEPLOY / "promotion.yaml") == PromotionPolicy()
 
 
+def test_trigger_policy_shows_the_defaults() -> None:
+    from madewithml.config import TriggerPolicy, read_trigger_policy
+
+    assert yaml.safe_load((DEPLOY / "trigger.yaml").read_text(encoding="utf-8")) == TriggerPolicy().model_dump()
+    assert read_trigger_policy(DEPLOY / "trigger.yaml") == TriggerPolicy()
+
+
 # --- the image
 
 def guard_dockerfile(text: str) -> None:
