@@ -38,7 +38,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
     "secondary_sidebar_items": ["page-toc"],
-    "pygments_light_style": "friendly",
-    "pygments_dark_style": "monokai",
+    "pygments_light_style": "github-light",
+    "pygments_dark_style": "github-dark",
 }
-html_sidebars = {"index": [], "docs/course": [], "docs/design": []}
+html_sidebars = {"**": ["sidebar-nav-bs"], "index": [], "docs/course": [], "docs/design": []}

@@ -84,7 +84,7 @@ def shown_outputs(cell: nbformat.NotebookNode, marks: set[str]) -> list[nbformat
     return outputs
 
 
-def notebook_page(path: Path, symbols: dict[str, str]) -> str:
+def notebook_page(path: Path, symbols: dict[str, str], exported: list[str]) -> str:
     """The notebook as nbdev would show it, its exported code in sight, each exported name a place that links can reach."""
     notebook = nbformat.read(path, as_version=4)
     module, cells = path.stem.split("_", 1)[-1], []
@@ -95,20 +95,28 @@ def notebook_page(path: Path, symbols: dict[str, str]) -> str:
             cells.append(cell)
             continue
         marks, cell.source = split_directives(cell.source)
-        if marks & HIDDEN or any(mark.startswith("default_exp") for mark in marks):
+        if {mark.partition(" ")[0] for mark in marks} & HIDDEN:
             continue
         cell.outputs = shown_outputs(cell, marks)
         if marks & NO_SOURCE:
             cell.metadata["tags"] = [*cell.metadata.get("tags", []), "remove-input"]
         if any(mark.startswith("export") for mark in marks):
-            places = [name for name in defined(cell.source) if symbols.get(name, "").startswith("ref-")]
+            places = [name for name in defined(cell.source) if name in exported]
             if places:
-                cells.append(nbformat.v4.new_markdown_cell("\n".join(f"(nb-{module}-{name})=" for name in places), id=f"at-{cell.id}"))
+                cells.append(nbformat.v4.new_markdown_cell("\n".join(f"({place('nb', module, name)})=" for name in places), id=f"at-{cell.id}"))
         cells.append(cell)
     notebook.cells = cells
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
     return nbformat.writes(notebook)
+
+
+def place(kind: str, module: str, symbol: str) -> str:
+    """Name of the place where an exported name stands: kind 'ref' in the reference, 'nb' in the notebook.
+
+    Sphinx does not tell `service`, `Service` and `SERVICE` apart, so the name says which of these it is."""
+    case = "constant-" if symbol.isupper() else "class-" if symbol[0].isupper() else ""
+    return f"{kind}-{module}-{case}{symbol}"
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -126,7 +134,7 @@ def anchors(found: list[tuple[str, ModuleType, Path]]) -> dict[str, str]:
     places: dict[str, str] = {}
     for name, module, _ in found:
         for symbol in module.__all__:
-            places.setdefault(symbol, f"ref-{name}-{symbol}")
+            places.setdefault(symbol, place("ref", name, symbol))
     return places
 
 
@@ -202,10 +210,10 @@ def parameters(function: Any, skip: int = 0) -> str:
     call, rows = inspect.signature(function), []
     for name, parameter in list(call.parameters.items())[skip:]:
         default = "" if parameter.default is parameter.empty else code(shown_default(parameter.default))
-        rows.append([code(name), code(annotation(parameter.annotation)), default, cell_text(described.get(name, ""))])
+        rows.append([code(name), cell_text(described.get(name, "")), code(annotation(parameter.annotation)), default])
     if call.return_annotation not in (call.empty, None):
-        rows.append(["returns", code(annotation(call.return_annotation)), "", ""])
-    return table(["parameter", "type", "default", "what it is"], rows) if rows else ""
+        rows.append(["returns", "", code(annotation(call.return_annotation)), ""])
+    return table(["parameter", "what it is", "type", "default"], rows) if rows else ""
 
 
 def is_model(kind: type) -> bool:
@@ -229,8 +237,8 @@ def fields(kind: type) -> str:
     for name, field in kind.model_fields.items():
         made = field.default_factory not in (None, list, dict)  # such as the time of writing: another one each time
         default = "" if field.is_required() or made else code(shown_default(field.get_default(call_default_factory=True)))
-        rows.append([code(name), code(annotation(field.annotation)), default, bounds(field), cell_text(field.description or described.get(name, ""))])
-    return table(["field", "type", "default", "range", "what it is"], rows) if rows else ""
+        rows.append([code(name), cell_text(field.description or described.get(name, "")), code(annotation(field.annotation)), default, bounds(field)])
+    return table(["field", "what it is", "type", "default", "range"], rows) if rows else ""
 
 
 def methods(name: str, kind: type) -> str:
@@ -244,7 +252,7 @@ def methods(name: str, kind: type) -> str:
             parts.append(f"`{name}.{method}`\n: {inspect.getdoc(function) or ''} ({code(annotation(inspect.signature(function).return_annotation)) or 'property'})\n")
         else:
             skip = 0 if isinstance(value, staticmethod) else 1
-            parts.append(f"#### `{name}.{method}`\n\n{signature(method, function, skip)}\n\n{inspect.getdoc(function) or ''}\n\n{parameters(function, skip)}\n")
+            parts.append(f"### `{name}.{method}`\n\n{signature(method, function, skip)}\n\n{inspect.getdoc(function) or ''}\n\n{parameters(function, skip)}\n")
     return "\n".join(parts)
 
 
@@ -274,7 +282,7 @@ def entry(symbol: str, value: Any, module: str) -> str:
         body += [signature(symbol, value), doc, parameters(value)]
     else:
         body.append(as_written(symbol, module))
-    return f"(ref-{module}-{symbol})=\n### `{symbol}`\n\n" + "\n\n".join(part for part in body if part) + f"\n\n[Why, and the code](#nb-{module}-{symbol})\n"
+    return f"({place('ref', module, symbol)})=\n## `{symbol}`\n\n" + "\n\n".join(part for part in body if part) + f"\n\n[Why, and the code](#{place('nb', module, symbol)})\n"
 
 
 def reference_page(name: str, module: ModuleType, path: Path) -> str:
@@ -328,8 +336,9 @@ def stage() -> Path:
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" in path.parts or path.name == "index.ipynb":
             continue
-        stage_symbols = names | {name: place for name, place in places.items() if place.split("-")[1] == path.stem.split("_", 1)[-1]}
-        written.add(write(STAGE / path.relative_to(ROOT), notebook_page(path, stage_symbols)))
+        own = next((module.__all__ for _, module, home in found if home == path), [])
+        known = names | {name: places[name] for name in own if places[name].split("-")[1] == path.stem.split("_", 1)[-1]}
+        written.add(write(STAGE / path.relative_to(ROOT), notebook_page(path, known, own)))
     pages = {path.relative_to(ROOT): path for path in (ROOT / "docs").rglob("*.md")} | {Path(name): ROOT / name for name in MARKDOWN}
     for name, path in pages.items():
         written.add(write(STAGE / name, linked(path.read_text(encoding="utf-8"), names)))

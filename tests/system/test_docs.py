@@ -300,7 +300,8 @@ def test_every_exported_name_is_in_the_reference(site: Path) -> None:
             comments = {token.start[0]: token.string.removeprefix("#").strip() for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT}
         for node in tree.body:
             if getattr(node, "name", None) in exported:
-                assert f"ref-{path.stem}-{node.name}".lower().replace("_", "-") in ids, f"{path.stem}.{node.name}"
+                case = "class-" if isinstance(node, ast.ClassDef) else ""
+                assert f"ref-{path.stem}-{case}{node.name}".lower().replace("_", "-") in ids, f"{path.stem}.{node.name}"
             if isinstance(node, ast.FunctionDef) and node.name in exported:
                 for argument in [*node.args.args, *node.args.kwonlyargs]:
                     comment = comments.get(argument.end_lineno, "") if argument.lineno != node.lineno else ""
