@@ -11,7 +11,7 @@ copyright = author
 version = release = settings["DEFAULT"]["version"]
 language = "en"
 
-extensions = ["myst_nb", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.githubpages"]  # the last: GitHub serves `_static`, too
 root_doc = "index"
 exclude_patterns = ["**/.ipynb_checkpoints"]
 
