@@ -372,9 +372,15 @@ def build(clean: bool = False) -> int:
     return result
 
 
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A file server that does not tell of each request."""
+
+    def log_message(self, *args: object) -> None: pass
+
+
 def serve(port: int) -> None:
     """Shows the site on the loopback address until Ctrl-C. Port 0 takes a free one."""
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(SITE))
+    handler = functools.partial(Quiet, directory=str(SITE))
     with http.server.ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
         print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
         try:
