@@ -196,7 +196,7 @@ def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
                 said = None
                 continue
             if block.file:
-                (folder / block.file).write_text(block.text, encoding="utf-8")
+                (folder / block.file).write_text(text, encoding="utf-8")
             elif block.language == "text":
                 if said is not None and (lines := missing(block.text, said)):
                     failed = f"{block}: {lines} not in:\n{said}"
