@@ -8,7 +8,7 @@ TORCH_BACKEND ?= auto
 export HF_HUB_OFFLINE ?= 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install run test test-notebooks test-slow test-faults test-load serve lab export clean-notebooks readme lock dist clean help
+.PHONY: install run test test-notebooks test-slow test-faults test-load serve docs docs-serve lab export clean-notebooks readme lock dist clean help
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -39,6 +39,12 @@ test-load: install ## the service under load, killed and overloaded; three quart
 
 serve: install ## serve the champion on port 8000 until Ctrl-C (after `make run` and `madewithml promote`)
 	@$(BIN)/madewithml serve
+
+docs: install ## build the site into _docs/
+	@$(BIN)/python tools/docs.py
+
+docs-serve: docs ## build the site and show it on a free port of this machine until Ctrl-C
+	@$(BIN)/python tools/docs.py --serve
 
 lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/tools/lab
 lab: export JUPYTERLAB_WORKSPACES_DIR := $(CURDIR)/$(VENV)/lab-workspaces

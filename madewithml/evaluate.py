@@ -119,10 +119,12 @@ def expected_calibration_error(
 def read_behavior(
     loc:str|Path|None=None, # table of cases; None: the embedded one
 ) -> pd.DataFrame:
-    "The cases: `kind`, the text columns, the changed ones, `expected`. Raises: UserError for an unknown kind."
-    loc = loc or packaged_dir("datasets") / "behavior.csv"
-    columns = get_settings().text_columns
-    cases = read_table(loc, ("kind", "expected", *columns, *(f"changed_{name}" for name in columns))).fillna("").astype(str)
+    "The cases: `kind`, the text columns, the changed ones, `expected`; of the embedded table none where the text columns are called otherwise. Raises: UserError for an unknown kind."
+    columns, embedded = get_settings().text_columns, packaged_dir("datasets") / "behavior.csv"
+    wanted = ("kind", "expected", *columns, *(f"changed_{name}" for name in columns))
+    if loc is None and not set(wanted) <= set(pd.read_csv(embedded, nrows=0)): return pd.DataFrame(columns=wanted)
+    loc = loc or embedded
+    cases = read_table(loc, wanted).fillna("").astype(str)
     kinds = ("minimum functionality", "invariance", "directional")
     if (wrong := ~cases["kind"].isin(kinds)).any():
         raise UserError(f"{loc}: row {int(np.argmax(wrong)) + 2}: unknown kind {cases['kind'][wrong].iloc[0]!r}.", f"Use one of {', '.join(kinds)}.")
@@ -134,7 +136,7 @@ def test_behavior(
     names:list[str], # the labels, in order
 ) -> list[BehaviorCase]:
     "Each case and its outcome; none where the table expects labels that the model does not know."
-    if not set(cases["expected"]) <= set(names): return []
+    if not len(cases) or not set(cases["expected"]) <= set(names): return []
     before, after = row_texts(cases), row_texts(pd.DataFrame({name: cases[f"changed_{name}"] for name in get_settings().text_columns}))
     first, second, expected = proba(before), proba(after), cases["expected"].map(names.index).to_numpy()
     results = []

@@ -50,7 +50,9 @@ def make_job(
     "The job that these options ask for. Raises: UserError."
     settings, device = get_settings(), torch.device("cuda" if gpu_per_worker and torch.cuda.is_available() else "cpu")
     if num_workers < 1: raise UserError(f"--num-workers must be 1 or more, not {num_workers}.")
-    return TrainJob(str(dataset_loc), experiment_name or settings.experiment_name, config or TrainConfig(), llm or settings.llm, num_workers, cpu_per_worker,
+    llm = llm or settings.llm
+    if llm != "embedded" and Path(llm).is_dir(): llm = str(Path(llm).absolute())  # a worker has another working directory
+    return TrainJob(str(dataset_loc), experiment_name or settings.experiment_name, config or TrainConfig(), llm, num_workers, cpu_per_worker,
                     gpu_per_worker, num_samples, pick_precision(precision, device), settings.seed if seed is None else seed,
                     max_length or settings.max_length, table_digest(dataset_loc))
 
@@ -263,7 +265,8 @@ def _fit(job: TrainJob, run_id: str, train: Tokens, val: Tokens, label2id: dict[
     with result.checkpoint.as_directory() as folder: return read_history(folder)
 
 def _as_user_error(error: TrainingFailedError) -> Exception:
-    "The error as one line where the storage is the reason, else as it is."
+    "The error as one line where the storage or what was asked for is the reason, else as it is."
+    if asked := re.search(r"madewithml\.config\.UserError: (.+)", str(error)): return UserError(asked[1])
     reason = re.search(r"No space left on device|Read-only file system|Permission denied|Disk quota exceeded", str(error))
     if not reason: return error
     return UserError(f"A checkpoint could not be written to {durable('ray')}: {reason[0].lower()}.", "Make room or mend the rights; the same command then goes on from the last good checkpoint.")

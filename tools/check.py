@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 GENERATE = """
 import sys; sys.argv = sys.argv[:1]
+import posixpath, re
 from pathlib import Path
 from nbdev.clean import nbdev_clean
 from nbdev.doclinks import nbdev_export
@@ -23,6 +24,7 @@ index = nbformat.read("nbs/index.ipynb", as_version=4)
 index.cells = [cell for cell in index.cells if not cell.source.startswith("#| hide")]
 exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
 text, resources = exporter.from_notebook_node(index)
+text = re.sub(r"\\]\\((?![a-z]+:|#)([^)\\s]+)\\)", lambda link: f"]({posixpath.normpath('nbs/' + link[1])})", text)  # links are seen from nbs/ there, from here in README.md
 Path("README.md").write_text("<!-- made from nbs/index.ipynb by `make export`; edit that -->\\n" + text.strip() + "\\n", encoding="utf-8")
 """
 GENERATED = ("madewithml", "nbs", "README.md")

@@ -1,0 +1,424 @@
+"""The site and what it tells: it builds without a warning, its links hold, a browser reads it offline, and the how-tos' samples run."""
+import ast
+import configparser
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbformat
+import psutil
+import pytest
+import typer
+import yaml
+from typer.exceptions import TyperException
+
+from madewithml.cli import app
+from madewithml.config import Settings, UserError
+from madewithml.pipeline import parse_parameters
+
+from ..conftest import ROOT, Run, running
+
+HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+SAMPLES = [*HOW_TO, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "deploy/README.md", "deploy/kuberay/README.md", "docs/notebooks.md"))]
+BIN = Path(sys.executable).parent
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Block:
+    """A sample of a page, and what the comment in front of it says of its test.
+
+    `<!-- test: slow -->` takes long, `serve` runs until the page ends, `exit 2` ends so, `check, why` is not run here: commands and options are looked up.
+    `<!-- file: NAME -->` is written to that file. A `text` block without one shows lines that the block before must print; … stands for anything."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    test: str = ""
+    file: str = ""
+
+    def __str__(self) -> str: return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    """The samples of a page, in order."""
+    found, comment, current = [], {}, None
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if current is not None:
+            if line == "```":
+                found.append(current)
+                current, comment = None, {}
+            else:
+                current.text += line + "\n"
+        elif line.startswith("```") and not line.startswith("```{"):
+            current = Block(page, number, line[3:].strip(), "", **comment)
+        elif match := re.fullmatch(r"<!-- (test|file): (.*) -->", line):
+            comment[match[1]] = match[2]
+        elif line.strip():
+            comment = {}
+    assert current is None, f"{page}: a block that does not end"
+    return found
+
+
+def slow(page: Path) -> bool:
+    return any(block.test.split(",")[0] in ("slow", "serve") for block in blocks(page))
+
+
+def commands(text: str) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Each simple command of a shell script: what it sets for itself, and its words; also of the commands inside `$(…)`."""
+    nested = re.findall(r"\$\(([^()]*)\)", text)
+    for part in [re.sub(r"\$\([^()]*\)", "SUBSTITUTED", text), *nested]:
+        lexer = shlex.shlex(part.replace("\\\n", " ").replace("\n", "\n; "), posix=True, punctuation_chars="|&;<>")
+        lexer.whitespace_split = True  # `#` still begins a comment
+        command: list[str] = []
+        for word in [*lexer, ";"]:
+            if not re.fullmatch(r"[|&;]+", word):
+                command.append(word)
+                continue
+            if command and command[0] == "export":
+                command.pop(0)
+            sets = {}
+            while command and (setting := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", command[0], flags=re.S)):
+                sets[setting[1]] = setting[2]
+                command.pop(0)
+            if command or sets:
+                yield sets, command
+            command = []
+
+
+def check_command(sets: dict[str, str], words: list[str]) -> None:
+    """Settings, commands, options and files that a command names exist."""
+    for name in sets:
+        if name.startswith("MADEWITHML_"):
+            assert name.removeprefix("MADEWITHML_").lower() in Settings.model_fields, name
+    if not words:
+        return
+    program, *args = words
+    if ">" in args:
+        args = args[:args.index(">")]
+    if program == "madewithml":
+        command, name, options = typer.main.get_command(app), program, args
+        while hasattr(command, "commands"):
+            assert options and options[0] in command.commands, words
+            name, command, options = f"{name} {options[0]}", command.commands[options[0]], options[1:]
+        parsed = command.make_context(name, list(options)).params  # raises where an option is unknown or has no such value
+        if "args" in parsed and parsed.get("name", parsed.get("workload")) != "run":
+            parse_parameters(parsed.get("name", parsed.get("workload")), [word for word in parsed["args"] or [] if word != "--"])
+        elif "args" in parsed:
+            command = typer.main.get_command(app).commands["run"]
+            command.make_context("madewithml run", [word for word in parsed["args"] or [] if word != "--"])
+    elif program == "make":
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+        assert {arg for arg in args if "=" not in arg} <= targets, words
+    elif program == "papermill":
+        notebook = nbformat.read(ROOT / args[0], as_version=4)
+        cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+        assert {args[i + 1] for i, arg in enumerate(args) if arg == "-p"} <= set(re.findall(r"^(\w+) =", cell.source, flags=re.M)), words
+    for arg in args:
+        if arg.startswith("deploy/") and not arg.endswith("/"):
+            assert (ROOT / arg).exists(), words
+
+
+@pytest.mark.parametrize("page", SAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_samples_are_well_formed(page: Path) -> None:
+    """Every command, option and setting that a page names exists, also where the test does not run it; Python and YAML parse."""
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.text, str(block), "exec")
+        elif block.language in ("yaml", "json"):
+            (yaml.safe_load if block.language == "yaml" else json.loads)(block.text)
+        elif block.language == "bash" and not block.file:
+            subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+            for sets, words in commands(block.text):
+                check_command(sets, words)
+
+
+@pytest.mark.parametrize("text", ["madewithml trane", "madewithml train --dataset-loc a.csv --learning-rate 1", "madewithml submit train -- --no-such 1", "make everything",
+                                  "MADEWITHML_STORRAGE=a madewithml version", "madewithml predict --run-id $(madewithml best)"])
+def test_the_check_finds_what_is_wrong(text: str) -> None:
+    with pytest.raises((AssertionError, UserError, TyperException)):
+        for sets, words in commands(text):
+            check_command(sets, words)
+
+
+def missing(shown: str, said: str) -> list[str]:
+    """The lines that a page shows and that were not printed; … stands for anything."""
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    wanted = filter(None, (" ".join(line.split()) for line in shown.splitlines()))
+    return [line for line in wanted if not any(re.fullmatch(".*".join(map(re.escape, line.split("…"))), one) for one in lines)]
+
+
+@contextlib.contextmanager
+def background(command: list[str], cwd: Path, env: dict[str, str]) -> Iterator[None]:
+    """The command for the length of the block, from when it says that Ctrl-C ends it."""
+    with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+        said = ""
+        while "Ctrl-C ends it" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        family = psutil.Process(process.pid).children(recursive=True)
+        try:
+            yield
+        finally:
+            os.killpg(process.pid, 2)
+            process.communicate(timeout=60)
+            psutil.wait_procs(family, timeout=30)
+            assert not [child for child in family if running(child)]
+
+
+def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
+    """Runs the samples of a page one after the other in a directory."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name in ("datasets", "deploy"):
+        (folder / name).symlink_to(ROOT / name)
+    said, failed = "", None
+    with contextlib.ExitStack() as stack:
+        for block in blocks(page):
+            test, text = block.test.split(",")[0], block.text.replace("8000", port)
+            if test == "check" or (failed and "always" not in block.test) or ("where there is no GPU" in block.test and shutil.which("nvidia-smi")):
+                said = None
+                continue
+            if block.file:
+                (folder / block.file).write_text(text, encoding="utf-8")
+            elif block.language == "text":
+                if said is not None and (lines := missing(block.text, said)):
+                    failed = f"{block}: {lines} not in:\n{said}"
+            elif test == "serve":
+                stack.enter_context(background(shlex.split(text), folder, env))
+            else:
+                command = [sys.executable, "-c", text] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", text]
+                done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, check=False)
+                said = done.stdout
+                if done.returncode != (int(test.removeprefix("exit ")) if test.startswith("exit") else 0):
+                    failed = failed or f"{block} ended with {done.returncode}:\n{text}\n{said}"
+    assert not failed, failed
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if slow(page) else []) for page in HOW_TO if page.stem != "index"])
+def test_how_to_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A page's samples, run as a reader would after `make run`: its results and its runs are there, the registry is the page's own."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))}
+    env |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if "<!-- storage: own -->" not in page.read_text(encoding="utf-8"):
+        trained: Run = request.getfixturevalue("trained")
+        shutil.copytree(trained.results, tmp_path / "results" / "main")
+        env |= {"MADEWITHML_STORAGE": str(trained.folder / "storage"), "MADEWITHML_REGISTRY_NAME": f"how-to-{page.stem}"}
+        if page.stem == "serve":  # `make run` ends with a registered version
+            subprocess.run(["madewithml", "register", "--run-id", trained.run_id], cwd=tmp_path, env=env, check=True, capture_output=True)
+    run_page(page, tmp_path, env)
+
+
+# ---- the site --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def site() -> Path:
+    """The site, built as `make docs` does."""
+    done = subprocess.run([sys.executable, "tools/docs.py"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stdout + done.stderr
+    return ROOT / "_docs"
+
+
+class Links(HTMLParser):
+    """What a page links to and loads, and the places in it that can be linked to."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.ids |= {value for name, value in given.items() if value and (name == "id" or (tag == "a" and name == "name"))}
+        if tag == "a" and given.get("href"):
+            self.links.append(given["href"])
+        elif tag != "a":
+            self.loads += [value for name, value in given.items() if value and name in ("src", "href")]
+
+
+def test_links_hold(site: Path) -> None:
+    """Every link inside the site finds its page and its place there; one to elsewhere is a whole address. Nothing is loaded from elsewhere."""
+    pages = {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html") if "_static" not in path.parts}
+    broken = []
+    for path, page in pages.items():
+        for link in {*page.links, *page.loads}:
+            address = urlsplit(link)
+            if address.scheme in ("http", "https"):
+                local = address.hostname in ("127.0.0.1", "localhost")
+                if link in page.loads or not (local or (address.scheme == "https" and "." in (address.hostname or "") and " " not in link)):
+                    broken.append((path.name, link))
+            elif address.scheme == "data":
+                continue
+            elif address.scheme or link.startswith("/"):
+                broken.append((path.name, link))
+            else:
+                target = (path.parent / unquote(address.path)).resolve() if address.path else path
+                if not target.is_file() or (address.fragment and target in pages and unquote(address.fragment) not in pages[target].ids):
+                    broken.append((path.name, link))
+    assert not broken, broken
+    assert len(pages) > 60
+
+
+def test_every_notebook_has_a_page(site: Path) -> None:
+    """Each notebook is there without its hidden cells and nbdev's directives."""
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        if path.name == "index.ipynb" or ".ipynb_checkpoints" in path.parts:
+            continue
+        page = (site / path.relative_to(ROOT).with_suffix(".html")).read_text(encoding="utf-8")
+        assert not re.search(r"#\|\s*(export|hide|default_exp|slow|cuda)", re.sub(r"<[^>]+>", "", page)), path.name
+        assert "nbdev_export()" not in page, path.name
+
+
+def test_every_exported_name_is_in_the_reference(site: Path) -> None:
+    """With each parameter and what the code says of it."""
+    for path in (ROOT / "madewithml").glob("[!_]*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        page = (site / "reference" / f"{path.stem}.html").read_text(encoding="utf-8")
+        ids, text = Links(page).ids, " ".join(re.sub(r"<[^>]+>", "", page).split())
+        exported = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
+        with path.open("rb") as file:
+            comments = {token.start[0]: token.string.removeprefix("#").strip() for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT}
+        for node in tree.body:
+            if getattr(node, "name", None) in exported:
+                case = "class-" if isinstance(node, ast.ClassDef) else ""
+                assert f"ref-{path.stem}-{case}{node.name}".lower().replace("_", "-") in ids, f"{path.stem}.{node.name}"
+            if isinstance(node, ast.FunctionDef) and node.name in exported:
+                for argument in [*node.args.args, *node.args.kwonlyargs]:
+                    comment = comments.get(argument.end_lineno, "") if argument.lineno != node.lineno else ""
+                    plain = " ".join(re.sub(r"<", "&lt;", comment.replace("`", "").replace("&", "&amp;")).replace(">", "&gt;").split())
+                    assert argument.arg in text and (plain in text or "'" in plain or '"' in plain or "*" in plain), f"{path.stem}.{node.name}: {argument.arg} # {plain}"
+
+
+def test_every_command_and_target_is_in_the_reference(site: Path) -> None:
+    text, made = (" ".join(re.sub(r"<[^>]+>", "", (site / name).read_text(encoding="utf-8")).split()) for name in ("commands.html", "targets.html"))
+    for command in typer.main.get_command(app).commands.values():
+        for below in getattr(command, "commands", {"": command}).values():
+            assert all(option in text for parameter in below.params for option in parameter.opts if option.startswith("--") and option != "--help"), command.name
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert all(f"make {target}" in made for target in targets)
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+PAGES = ["index.html", "nbs/04_train.html", "docs/how-to/serve.html", "reference/config.html", "docs/design.html"]
+
+
+@pytest.fixture(scope="module")
+def address(site: Path) -> Iterator[str]:
+    """Where `make docs-serve` shows the site."""
+    with subprocess.Popen([sys.executable, "-u", "tools/docs.py", "--serve"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        line = process.stdout.readline()
+        try:
+            yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
+        finally:
+            process.send_signal(2)
+            assert process.wait(timeout=20) == 0
+
+
+@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desk", "phone"])
+def tab(request: pytest.FixtureRequest, site: Path) -> Iterator:
+    """A tab of a browser that reaches this machine only. What it asked of others, and what went wrong in it, is counted."""
+    from playwright.sync_api import sync_playwright
+    chromium = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    if not chromium:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    outside, wrong = [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        width, height = request.param
+        page = browser.new_page(viewport={"width": width, "height": height})
+
+        def route(route) -> None:
+            if urlsplit(route.request.url).hostname in ("127.0.0.1", None):
+                return route.continue_()
+            outside.append(route.request.url)
+            return route.abort()
+
+        page.route("**/*", route)
+        # From the disk a page may not fetch others, so that the results come without their excerpts.
+        page.on("pageerror", lambda error: None if page.url.startswith("file:") and str(error) == "Failed to fetch" else wrong.append(str(error)))
+        page.on("response", lambda response: wrong.append(f"{response.status} {response.url}") if response.status >= 400 else None)
+        yield page
+        browser.close()
+    assert not outside and not wrong, (outside, wrong)
+
+
+def test_pages_open_at_desk_and_phone(tab, address: str) -> None:
+    """Five pages: each has its title, and nothing sticks out of the window, in light and dark."""
+    for name in PAGES:
+        tab.goto(address + name)
+        assert tab.locator("h1").first.is_visible()
+        for theme in ("light", "dark"):
+            tab.evaluate("theme => { document.documentElement.dataset.theme = theme; document.documentElement.dataset.mode = theme }", theme)
+            wide = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+            assert wide <= 0, (name, theme, wide)
+            ink, paper = (tab.evaluate(f"getComputedStyle(document.querySelector('{place}')).{what}") for place, what in (("article p, article li", "color"), ("body", "backgroundColor")))
+            light = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (ink, paper)]
+            assert abs(light[0] - light[1]) > 0.5, (name, theme, ink, paper)
+
+
+@pytest.mark.parametrize("where", ["served", "as a file"])
+def test_search_finds_and_leads_on(tab, address: str, site: Path, where: str) -> None:
+    """A word is looked for and a result followed, from the server and from the disk."""
+    home = address if where == "served" else site.as_uri() + "/"
+    tab.goto(home + "index.html")
+    tab.locator("button.search-button__button:visible").first.click()
+    field = tab.locator("input[type=search]:visible").first
+    field.fill("calibration")
+    field.press("Enter")
+    results = tab.locator("#search-results li a")
+    results.first.wait_for()
+    assert results.count() >= 3
+    links = [results.nth(i).get_attribute("href") for i in range(results.count())]
+    chosen = next(i for i, link in enumerate(links) if "06_evaluate" in link)
+    results.nth(chosen).click()
+    tab.wait_for_url("**/nbs/06_evaluate.html*")
+    assert "alibration" in tab.locator("article").inner_text()
+
+
+def test_figures_of_the_design_are_those_of_the_notebooks() -> None:
+    """Each figure in a table of the design page is a rounding of one in the outputs of a notebook that its section links to."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    checked = 0
+    for section in text.split("\n## ")[1:]:
+        cells = [cell.strip().replace("−", "-") for line in section.splitlines() if line.startswith("|") for cell in line.split("|")]
+        figures = [cell for cell in cells if re.fullmatch(r"-?[\d.]+", cell)]
+        seen = set()
+        for link in set(re.findall(r"\((\.\./nbs/\S+\.ipynb)\)", section)):
+            for cell in nbformat.read(ROOT / "docs" / link, as_version=4).cells:
+                for output in cell.get("outputs", []):
+                    shown = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+                    seen |= {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", shown)}
+        for figure in figures:
+            digits = len(figure.partition(".")[2])
+            assert any(round(number, digits) == float(figure) for number in seen), (section.splitlines()[0], figure)
+        checked += len(figures)
+    assert checked > 10
+
+
+def test_settings_of_the_build() -> None:
+    """What the site is built with is pinned."""
+    config = configparser.ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini")
+    wanted = {re.split(r"[<>=\[]", word)[0].lower() for word in config["DEFAULT"]["dev_requirements"].split()}
+    locked = {line.split("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line}
+    assert {"sphinx", "myst-nb", "pydata-sphinx-theme", "sphinx-copybutton"} <= wanted & locked
