@@ -64,7 +64,7 @@ def last_rows(
     return chosen.tail(window).reset_index(drop=True)
 
 # %% ../nbs/10_monitor.ipynb #22c41288
-_KERNEL_ROWS, _ALPHA = 1000, 0.05
+_KERNEL_ROWS, _ALPHA = 600, 0.05
 
 def _median(name: str, window: np.ndarray, reference: np.ndarray, form: str) -> str: return f"median {name} {np.median(reference):{form}} → {np.median(window):{form}}"
 
@@ -101,8 +101,8 @@ def text_tests(
 ) -> list[DriftTest]:
     "The comparisons that need the text, their p-values not yet corrected."
     if window is None: return [_test(name, 0, 0, 0, 1, "not possible: the log holds no text") for name in ("text", "language")]
-    rows, chosen = reference.rows[reference.texts], np.random.default_rng(0)
-    drawn = rows.embeddings[np.sort(chosen.permutation(len(rows))[:_KERNEL_ROWS])]
+    rows = reference.rows[reference.texts]
+    drawn = rows.embeddings[np.random.default_rng(0).permutation(len(rows))[:_KERNEL_ROWS]]
     mmd, p = mmd_test(squared_distances(*[np.concatenate([window.embeddings, drawn])] * 2), len(window))
     found = [_test("text", len(window), mmd, np.sqrt(max(mmd, 0)), p, f"squared distance of the embeddings {mmd:.4f}")]
     names, counts = np.unique(rows.language, return_counts=True)
