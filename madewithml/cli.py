@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'cluster', 'run', 'validate', 'train', 'tune', 'evaluate', 'predict', 'register', 'promote', 'rollback',
-           'serve', 'deploy', 'get_best_run_id', 'report', 'trigger', 'workload', 'submit', 'up', 'status', 'down',
-           'version', 'main']
+           'serve', 'deploy', 'monitor', 'get_best_run_id', 'report', 'trigger', 'workload', 'submit', 'up', 'status',
+           'down', 'version', 'main']
 
 # %% ../nbs/13_cli.ipynb #31a30c0e
 import json, sys
@@ -192,11 +192,14 @@ def predict(
 def register(
     run_id: _RunId,
     model_name: _ModelName = None,
+    holdout_loc: Annotated[Optional[str], _option("labelled table that the run was judged on, for the monitor's reference [default: the embedded one, of another table its validation rows]", "--holdout-loc")] = None,
     results_fp: _Results = None,
 ) -> None:
-    "Put a run's checkpoint into the model registry as the challenger."
+    "Put a run's checkpoint into the model registry as the challenger, with the reference that `monitor` compares with."
+    from madewithml.reference import keep_reference_if_possible
     from madewithml.registry import register_model
     results = register_model(run_id, model_name)
+    keep_reference_if_possible(run_id, holdout_loc)
     _report(results, results_fp, results.model_dump(exclude={"timestamp"}))
 
 @app.command()
@@ -264,6 +267,26 @@ def deploy(
     from madewithml.rollout import await_version
     typer.echo(json.dumps(await_version(url, alias, model_name, timeout, token_file)))
 
+@app.command()
+def monitor(
+    log_dir: Annotated[Path, _option("directory of the service's log of predictions", "--log-dir")],
+    labels: Annotated[Optional[str], _option("table with delayed labels: the label column, and `text_digest` or the text columns [default: none have come]", "--labels")] = None,
+    alias: Annotated[str, _option("alias whose version is monitored", "--alias")] = "champion",
+    run_id: Annotated[str, _option("MLflow run to monitor instead of an alias", "--run-id")] = "",
+    model_name: _ModelName = None,
+    window: Annotated[int, _option("rows to look at, the last ones, at most", "--window")] = 200,
+    since: Annotated[str, _option("begin of the window: a time (UTC) like '2026-05-01 12:00' or a span like '24h' [default: whenever]", "--since")] = "",
+    results_fp: _Results = None,
+) -> None:
+    "Compare what a version was asked with what it was made for; exit code 1 on drift or a fall in performance."
+    from madewithml.monitor import check_monitor, monitor_model, performance_line, tests_table, window_line
+    results = monitor_model(log_dir, labels, alias, run_id, model_name, window, since)
+    typer.echo(window_line(results))
+    if results.enough: typer.echo(f"{tests_table(results).to_string()}\n{performance_line(results)}")
+    if results.explanation: typer.echo(f"words: {', '.join(results.explanation.words)}")
+    if results_fp: _report(results, results_fp, {"alarm": results.alarm})
+    check_monitor(results)
+
 @app.command("get-best-run-id")
 def get_best_run_id(
     experiment_name: Annotated[str, _option("MLflow experiment", "--experiment-name")],
@@ -320,7 +343,7 @@ def trigger(
 # %% ../nbs/13_cli.ipynb #db8fd6c3
 @app.command(context_settings={"ignore_unknown_options": True})
 def workload(
-    name: Annotated[str, typer.Argument(help="workload notebook: validate, train, tune, evaluate, predict, register, promote")],
+    name: Annotated[str, typer.Argument(help="workload notebook: validate, train, tune, evaluate, predict, register, promote, monitor")],
     args: Annotated[Optional[list[str]], typer.Argument(help="its parameters as options, after --")] = None,
     run_name: _RunName = "main",
     address: _Address = None,
@@ -332,7 +355,7 @@ def workload(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def submit(
-    workload: Annotated[str, typer.Argument(help="run, or a workload notebook: validate, train, tune, evaluate, predict, register, promote")],
+    workload: Annotated[str, typer.Argument(help="run, or a workload notebook: validate, train, tune, evaluate, predict, register, promote, monitor")],
     args: Annotated[Optional[list[str]], typer.Argument(help="its options, after --; local files that they name travel along")] = None,
     run_name: Annotated[str, _option("directory of the results, there and here", "--run-name")] = "main",
     address: Annotated[Optional[str], _option("URL of the cluster's dashboard [default: RAY_ADDRESS, else the cluster of `cluster up`]", "--address")] = None,

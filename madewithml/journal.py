@@ -71,4 +71,4 @@ class Journal:
             if self.config.log_text == "hash": row["text"] = None
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{uuid.uuid4().hex[:6]}.parquet"
         with atomic_path(self.folder / name) as temporary: parquet.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary, compression="zstd")
-        for old in sorted(self.folder.glob("*.parquet"))[:-self.config.log_files]: old.unlink(missing_ok=True)
+        for old in sorted(self.folder.glob("[!.]*.parquet"))[:-self.config.log_files]: old.unlink(missing_ok=True)  # a dot: another replica is writing it

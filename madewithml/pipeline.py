@@ -113,7 +113,7 @@ def workloads_of(
         lambda: Workload("evaluate", {"run_id": run_id(), "dataset_loc": holdout_loc, "train_loc": dataset_loc},
                          [dataset_loc, holdout_loc, str(packaged_dir("datasets") / "behavior.csv")]),
         lambda: Workload("predict", {"run_id": run_id(), "dataset_loc": predict_loc, "output": str(predictions)}, [predict_loc], [predictions]),
-        lambda: Workload("register", {"run_id": run_id()}),
+        lambda: Workload("register", {"run_id": run_id(), "holdout_loc": holdout_loc}, [dataset_loc, holdout_loc]),
     ]
 
 # %% ../nbs/12_pipeline.ipynb #b985acc0

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from .config import UserError
 from .evaluate import plot_confusion, plot_reliability
-from .results import RESULTS, EvaluateResults, PredictResults, PromoteResults, RegisterResults, Results, TrainResults, ValidateResults, read_results
+from .monitor import performance_line, plot_monitor, window_line
+from .results import RESULTS, EvaluateResults, MonitorResults, PredictResults, PromoteResults, RegisterResults, Results, TrainResults, ValidateResults, read_results
 from .train import plot_history
 
 # %% ../nbs/11_report.ipynb #b37d63cd
@@ -91,6 +92,17 @@ def _promotion(results: PromoteResults) -> str:
     rows = [[check.name, f"{check.challenger:.3f}", "" if check.champion is None else f"{check.champion:.3f}", f"{check.limit:.3f}", "yes" if check.success else "NO"] for check in results.checks]
     return "## Promotion\n\n" + " ".join(lines) + "\n\n" + markdown_table(["demand", "challenger", "champion", "limit", "met"], rows)
 
+# %% ../nbs/11_report.ipynb #71cd0e6a
+def _traffic(results: MonitorResults) -> str:
+    "The alarm or its absence, each comparison, and what an alarm is about."
+    lines = [f"**{'Alarm' if results.alarm else 'No alarm'}**: {window_line(results)}.", performance_line(results) + "." if results.enough else ""]
+    rows = [[test.name, test.num_samples, f"{test.effect:.3f}", f"{test.p_adjusted:.3f}", "ALARM" if test.alarm else "", test.observed] for test in results.tests]
+    parts = ["## Traffic", "\n\n".join(line for line in lines if line), markdown_table(["compared", "rows", "effect", "p corrected", "alarm", "seen"], rows)]
+    if found := results.explanation:
+        parts.append(f"Commoner than in the reference: {', '.join(map(escape_cell, found.words))}." if found.words else "")
+        parts.append(markdown_table(["most unlike the reference", "predicted", "confidence"], [[row.text, row.prediction, f"{row.confidence:.2f}"] for row in found.rows[:5]]))
+    return "\n\n".join(part for part in parts if part)
+
 # %% ../nbs/11_report.ipynb #003d766c
 def read_run(
     folder:str|Path, # results directory of a run
@@ -117,6 +129,11 @@ def write_report(
         plot_history(trained.metrics).savefig(plots / "history.png", dpi=110)
         parts += [_training(trained), "![loss and F1 by epoch](plots/history.png)"]
     if isinstance(decided := found.get("promote"), PromoteResults): parts.append(_promotion(decided))
+    if isinstance(window := found.get("monitor"), MonitorResults):
+        parts.append(_traffic(window))
+        if window.distributions:
+            plot_monitor(window).savefig(plots / "monitor.png", dpi=110)
+            parts.append("![window against reference](plots/monitor.png)")
     notebooks = [f"- [{name}]({name}.ipynb)" for name in RESULTS if (folder / f"{name}.ipynb").is_file()]
     parts += [f"## Also\n\n{_facts(found)}" if _facts(found) else "", "## Executed notebooks\n\n" + "\n".join(notebooks) if notebooks else ""]
     (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RESULTS', 'Results', 'Expectation', 'ValidateResults', 'EpochMetrics', 'TrainResults', 'Trial', 'TuneResults',
            'Scores', 'Overall', 'CalibrationBin', 'BehaviorCase', 'Mistake', 'EvaluateResults', 'PredictResults',
-           'RegisterResults', 'Candidate', 'GateCheck', 'PromoteResults', 'DriftTest', 'Performance', 'MonitorResults',
-           'TriggerResults', 'BatchResults', 'write_results', 'read_results']
+           'RegisterResults', 'Candidate', 'GateCheck', 'PromoteResults', 'DriftTest', 'Performance', 'Distribution',
+           'UnlikeRow', 'Explanation', 'MonitorResults', 'TriggerResults', 'BatchResults', 'write_results',
+           'read_results']
 
 # %% ../nbs/00_results.ipynb #83835c0b
 from datetime import UTC, datetime
@@ -235,6 +236,29 @@ class Performance(BaseModel):
     num_samples: int = Field(ge=0)
     alarm: bool
 
+class Distribution(BaseModel):
+    "How the rows of a window and of its reference fall into the same bins; what the plots of a monitor show."
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(description="what was compared, as in `DriftTest`")
+    bins: list[str]
+    window: list[float] = Field(description="share of the window's rows in each bin")
+    reference: list[float] = Field(description="share of the reference's rows")
+
+class UnlikeRow(BaseModel):
+    "A row of the window that the reference has nothing like."
+    model_config = ConfigDict(extra="forbid")
+    text: str = Field(description="its beginning")
+    prediction: str
+    confidence: float
+    unlikeness: float = Field(ge=0, le=1, description="how surely a classifier takes it for one of the window's")
+
+class Explanation(BaseModel):
+    "What an alarm is about."
+    model_config = ConfigDict(extra="forbid")
+    auc: float = Field(ge=0, le=1, description="of a cross-fitted classifier that tells window from reference; 0.5: it cannot")
+    words: list[str] = Field(description="commoner in the window than in the reference, the clearest first")
+    rows: list[UnlikeRow] = Field(description="most unlike the reference first")
+
 class MonitorResults(Results):
     "Result of the workload `monitor`: one window."
     run_id: str = Field(description="run of the version that answered")
@@ -247,6 +271,8 @@ class MonitorResults(Results):
     performance: Performance | None
     drift: bool = Field(description="whether a drift test raises an alarm")
     alarm: bool = Field(description="drift, or a fall in performance")
+    distributions: list[Distribution] = Field(default_factory=list, description="what the plots show; empty where there are too few rows")
+    explanation: Explanation | None = Field(None, description="None without drift, and where the log holds no text")
 
 class TriggerResults(Results):
     "One decision of the trigger, with the figures behind it."
