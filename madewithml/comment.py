@@ -63,8 +63,9 @@ def make_comment(
     parts = report_parts(found, old if same else None, "main")
     said, demands = verdict(found, main, policy or PromotionPolicy())
     shown = [MARKER, "### Results of the workloads", about, parts.pop("", "")]
-    if not same: shown.append("Not compared with `main`: " + ("its last run judged on another table." if now and old else "one of the two runs has no evaluation."))
-    parts["Promotion"] = demands
+    if not same: shown.append("Not compared with `main`: " + ("it has left no results yet." if not old else "its last run was judged on another table." if now else "this run has no evaluation."))
+    parts.pop("Promotion", None)  # what a pull request's own gate said, among its own versions
+    parts["All demands of the gate"] = demands
     folded = [f"<details><summary>{title}</summary>\n\n{text}\n\n</details>" for title, text in parts.items() if text]
     left_out = ""
     while len(body := "\n\n".join(part for part in [*shown, said, *folded, left_out] if part)) > LIMIT: folded, left_out = folded[:-1], _LEFT_OUT
@@ -204,5 +205,5 @@ def comment_on_pull(
     pull = pull_of(api, run)
     if pull is None: return "No open pull request has this commit as its head: nothing to say."
     data = api.artifact(run["id"], "results")
-    about = f"Commit {run['head_sha'][:10]}, [run {run['run_number']}]({run['html_url']}): {run['conclusion']}. Executed notebooks and the report are among its artefacts."
+    about = f"Commit {run['head_sha'][:10]}, [run {run['run_number']}]({run['html_url']}): {run['conclusion']}. {'Executed notebooks and the report are among its artefacts.' if data else 'It left no results.'}"
     return put_comment(api, pull["number"], make_comment(read_artifact(data) if data else {}, main_results(api, event["repository"]["default_branch"]), policy, about), author)

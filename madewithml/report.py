@@ -57,7 +57,7 @@ def _scores(column: str, scores: dict, before: dict, called: str) -> str:
     "A table of precision, recall and F1, and of F1 before."
     def old(name: str, f1: float) -> list[str]: return [f"{before[name].f1:.3f}", f"{f1 - before[name].f1:+.3f}"] if name in before else ["", ""]
     rows = [[name, f"{s.precision:.3f}", f"{s.recall:.3f}", f"{s.f1:.3f}", *(old(name, s.f1) if before else []), s.num_samples] for name, s in scores.items() if s.num_samples]
-    return markdown_table([column, "precision", "recall", "F1", *([f"F1 {called}", "difference"] if before else []), "rows"], rows)
+    return markdown_table([column, "precision", "recall", "F1", *([called, "difference"] if before else []), "rows"], rows)
 
 def _failed(results: EvaluateResults) -> str:
     "Behaviour tests that failed."
