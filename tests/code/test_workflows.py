@@ -102,7 +102,8 @@ def test_targets_and_commands_exist() -> None:
     from madewithml.cli import app
     commands, targets = typer.main.get_command(app).commands, re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     for path in WORKFLOWS:
-        for line in re.findall(r"(?:\.venv/bin/madewithml|make) .+", path.read_text(encoding="utf-8")):
+        steps = [step for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values() for step in job["steps"]]
+        for line in [line for step in steps for line in step.get("run", "").splitlines()]:
             program, command, *rest = line.split()
             if program == "make":
                 assert command in {*targets, *LATER}, f"{path.name}: {line}"
