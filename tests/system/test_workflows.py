@@ -102,10 +102,11 @@ def test_pull_request_merge_rollout_and_rollback(hub: GitHub, tmp_path: Path) ->
     origin, checkout, place = tmp_path / "origin", tmp_path / "checkout", tmp_path / "place"
     place.mkdir()
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(origin)], check=True)
-    # Other tests may run beside this one: the gate shall judge what models say, not how fast.
+    # What the gate refuses is tested elsewhere. Here it agrees, however little the models have learnt and however busy the machine is.
     policy = origin / "deploy" / "promotion.yaml"
-    policy.write_text(re.sub(r"max_p99_(ms|ratio): .*", r"max_p99_\1: 1000", policy.read_text(encoding="utf-8")), encoding="utf-8")
-    subprocess.run(["git", "-C", str(origin), "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "--quiet", "--all", "--message", "Time does not matter here"], check=True)
+    loose = re.sub(r"(?m)^(max_\w*(?:drop|calibration)\w*): .*", r"\1: 1", policy.read_text(encoding="utf-8"))
+    policy.write_text(re.sub(r"(?m)^(max_(?!\w*(?:drop|calibration))\w+): .*", r"\1: 1000", loose), encoding="utf-8")
+    subprocess.run(["git", "-C", str(origin), "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "--quiet", "--all", "--message", "The gate agrees"], check=True)
     secrets = {"MADEWITHML_SHARED": str(place / "shared"), "MADEWITHML_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
 
     def merge(number: int, options: str, url: str = "", before: dict | None = None):
@@ -138,7 +139,7 @@ def test_pull_request_merge_rollout_and_rollback(hub: GitHub, tmp_path: Path) ->
             [seal] = place.rglob(f"{run_id}/artifacts/checkpoint/digests.json")
             seal.unlink()
 
-        third = merge(3, "--num-epochs 1 --seed 7", service.url, {"Promote through the gate": unseal})
+        third = merge(3, "--num-epochs 1", service.url, {"Promote through the gate": unseal})
         assert third.outcome["Promote through the gate"] == "success", third.said
         assert third.outcome[ROLL_OUT] == "failure" and "version 2 answers; refused" in third.said[ROLL_OUT], third.said
         assert third.outcome["Roll back"] == "success" and not third.success, third.said
