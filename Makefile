@@ -8,7 +8,7 @@ TORCH_BACKEND ?= auto
 export HF_HUB_OFFLINE ?= 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install run test test-notebooks test-slow test-faults test-load serve docs docs-serve lab export clean-notebooks readme lock dist clean help
+.PHONY: install run test test-notebooks test-slow test-faults test-load serve docs docs-serve lab export clean-notebooks readme lock dist image check-tag push-image release clean help
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -60,6 +60,24 @@ lock: ## renew requirements.lock from settings.ini
 
 dist: install ## build the wheel into dist/
 	@$(BIN)/python -m build --wheel --no-isolation
+
+# What a tag starts (.github/workflows/release.yaml). The tag must be the version's.
+VERSION := $(shell sed -n 's/^version = //p' settings.ini)
+TAG ?= v$(VERSION)
+IMAGE ?= madewithml
+NAME = $(shell printf %s "$(IMAGE)" | tr A-Z a-z):$(VERSION)
+check-tag:
+	@test "$(TAG)" = "v$(VERSION)" || { echo "Tag $(TAG) is not that of version $(VERSION) in settings.ini." >&2; exit 2; }
+
+image: check-tag ## build the image of deploy/Dockerfile
+	@docker build -f deploy/Dockerfile -t "$(NAME)" .
+
+push-image: check-tag
+	@printf %s "$$GITHUB_TOKEN" | docker login ghcr.io --username "$$GITHUB_ACTOR" --password-stdin
+	@docker push "$(NAME)"
+
+release: check-tag
+	@gh release create "$(TAG)" dist/*.whl --verify-tag --generate-notes
 
 clean: ## remove what was built and run, but not .venv
 	rm -rf build dist storage results *.egg-info .pytest_cache .ruff_cache _docs _proc

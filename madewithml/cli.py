@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'cluster', 'run', 'validate', 'train', 'tune', 'evaluate', 'predict', 'register', 'promote', 'rollback',
-           'serve', 'deploy', 'monitor', 'get_best_run_id', 'report', 'trigger', 'workload', 'submit', 'up', 'status',
-           'down', 'version', 'main']
+           'serve', 'deploy', 'monitor', 'get_best_run_id', 'report', 'comment', 'trigger', 'workload', 'submit', 'up',
+           'status', 'down', 'version', 'main']
 
 # %% ../nbs/13_cli.ipynb #31a30c0e
 import json, sys
@@ -262,10 +262,11 @@ def deploy(
     model_name: _ModelName = None,
     timeout: Annotated[float, _option("seconds to wait", "--timeout", min=0)] = 60,
     token_file: _Token = "",
+    token_env: Annotated[str, _option("environment variable with the token, where there is no file", "--token-env")] = "",
 ) -> None:
     "Wait until a running service answers with the champion; exit code 1 where it does not."
     from madewithml.rollout import await_version
-    typer.echo(json.dumps(await_version(url, alias, model_name, timeout, token_file)))
+    typer.echo(json.dumps(await_version(url, alias, model_name, timeout, token_file, token_env=token_env)))
 
 @app.command()
 def monitor(
@@ -305,6 +306,21 @@ def report(
     "Write a run's report again, say to compare it with another run."
     from madewithml.report import write_report
     _show_report(write_report(get_settings().results / run_name, compare))
+
+@app.command()
+def comment(
+    run_name: _RunName = "main",
+    compare: Annotated[Optional[Path], _option("results directory of main's run, to compare with", "--compare")] = None,
+    policy: Annotated[Optional[Path], _option("YAML file with the limits of the promotion gate [default: those of deploy/promotion.yaml]", "--policy")] = None,
+    event: Annotated[Optional[Path], _option("JSON of a GitHub workflow_run event: comment that run's artefact on its pull request instead of printing", "--event")] = None,
+    author: Annotated[str, _option("GitHub login that the token of GITHUB_TOKEN writes as", "--author")] = "github-actions[bot]",
+) -> None:
+    "Print a run's results as a pull request comment, or keep the comment on a pull request up to date."
+    from madewithml.comment import comment_on_pull, make_comment
+    from madewithml.config import read_policy
+    from madewithml.report import read_run
+    if event: typer.echo(comment_on_pull(event, read_policy(policy), author))
+    else: typer.echo(make_comment(read_run(get_settings().results / run_name), read_run(compare) if compare else {}, read_policy(policy)))
 
 # %% ../nbs/13_cli.ipynb #a2ae4a16
 @app.command()

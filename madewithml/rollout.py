@@ -6,7 +6,7 @@
 __all__ = ['served_version', 'await_version']
 
 # %% ../nbs/09_rollout.ipynb #bcbe490c
-import json, time, urllib.request
+import json, os, time, urllib.request
 from typing import Any
 
 from .aliases import resolve_alias
@@ -29,10 +29,12 @@ def await_version(
     timeout:float=60, # seconds to wait
     token_file:str="", # file with the token to show
     times:int=20, # answers in a row that must agree
+    token_env:str="", # environment variable with the token, where there is no file
 ) -> dict[str, Any]:
     "What `/version` answers once the service has followed. Raises: CheckFailed where it has not in time; UserError where nobody has the alias."
     version, _ = resolve_alias(alias, name)
-    token, until, agreed, last = read_token(ServeConfig(token_file=token_file)), time.monotonic() + timeout, 0, "nobody answers"
+    token = os.environ.get(token_env, "").encode() if token_env else read_token(ServeConfig(token_file=token_file))
+    until, agreed, last = time.monotonic() + timeout, 0, "nobody answers"
     while agreed < times:
         try: about = served_version(url, token)
         except (OSError, ValueError) as error: agreed, last = 0, str(error)

@@ -53,12 +53,12 @@ class Served:
 
 
 @contextmanager
-def serving(run: Run, *options: str, driver: Path | None = None) -> Iterator[Served]:
+def serving(run: Run, *options: str, driver: Path | None = None, **variables: str) -> Iterator[Served]:
     """`madewithml serve`, or a driver of its own, for the length of the block; nothing of it is left afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))} | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))} | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **variables}
     command = [sys.executable, str(driver), str(port)] if driver else [str(Path(sys.executable).with_name("madewithml")), "serve", "--port", str(port), *options]
     with subprocess.Popen(command, cwd=run.folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
         try:

@@ -1,0 +1,147 @@
+"""The workflows, played: their `run:` steps in order, in a fresh clone, with the variables that GitHub sets; only GitHub itself is a stand-in."""
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import mistune
+import pytest
+
+from madewithml.comment import MARKER
+from madewithml.results import Candidate, EvaluateResults, PromoteResults
+
+from ..actions import BOT, REPOSITORY, GitHub, github, play, zipped
+from ..conftest import ROOT, Run
+from .test_serve import serving
+
+pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone of the repository")
+ROLL_OUT = "Roll out, and see that the service answers with it"
+FORK = {"id": 5, "full_name": "eve/classifier", "owner": {"login": "eve"}}
+
+
+@pytest.fixture
+def hub() -> Iterator[GitHub]:
+    """GitHub with a pull request from a fork, on which people and a copycat have written."""
+    with github() as hub:
+        hub.pulls.append({"number": 7, "state": "open", "head": {"sha": "c0ffee" * 6 + "abcd", "ref": "better", "user": {"login": "eve"}, "repo": FORK}})
+        hub.comments += [{"id": 1000 + i, "pull": 7, "user": {"login": who}, "body": body, "html_url": ""} for i, (who, body) in enumerate([("bob", "Nice."), ("eve", f"{MARKER}\nmine"), (BOT, "Coverage 90 %")])]
+        yield hub
+
+
+def workflow_run(number: int, conclusion: str = "success", **changes: object) -> dict:
+    """The event that a finished run of workloads.yaml sends."""
+    run = {"id": 100 + number, "run_number": number, "event": "pull_request", "conclusion": conclusion, "head_sha": "c0ffee" * 6 + "abcd", "head_branch": "better", "head_repository": FORK,
+           "html_url": f"https://github.example/team/classifier/actions/runs/{100 + number}"}
+    return {"workflow_run": run | changes, "repository": REPOSITORY}
+
+
+def comment(hub: GitHub, tmp_path: Path, event: dict):
+    return play("comment.yaml", ROOT, tmp_path / "checkout", hub, event, {"github": {"run_id": 900}})
+
+
+def results(run: Run) -> dict[str, dict]:
+    """The results of a run, with what the gate would have measured."""
+    found = {name: run.json(name) for name in ("validate", "train", "evaluate", "predict", "register")}
+    judged = EvaluateResults.model_validate(found["evaluate"])
+    measured = Candidate(version=1, run_id=judged.run_id, p50_ms=5, p99_ms=9, size_mb=91, **judged.model_dump(include={"overall", "per_class", "slices", "behavior"}))
+    gated = PromoteResults(model_name="m", decision="promoted", by="runner", reason="", dataset_loc="h", dataset_digest="h", policy={}, checks=[], challenger=measured)
+    return found | {"promote": gated.model_dump()}
+
+
+def files(found: dict[str, dict]) -> dict[str, str]:
+    return {f"{name}.json": json.dumps(value) for name, value in found.items()}
+
+
+def ours(hub: GitHub) -> list[dict]:
+    return [comment for comment in hub.comments if comment["user"]["login"] == BOT and comment["body"].startswith(MARKER)]
+
+
+def test_comment_is_made_kept_up_to_date_and_guarded(trained: Run, hub: GitHub, tmp_path: Path) -> None:
+    """The first run makes the comment, later ones replace it; a forged artefact changes nothing; nobody else's comment is touched."""
+    found = results(trained)
+    hub.runs.append({"id": 50, "workflow": "serve.yaml", "branch": "main", "event": "push", "status": "completed"})
+    hub.upload(50, "results", zipped(files(found)))
+    hub.upload(101, "results", zipped(files(found)))
+    done = comment(hub, tmp_path, workflow_run(1))
+    assert done.success, done.said
+    [made] = ours(hub)
+    assert f"**F1 {found['evaluate']['overall']['f1']:.3f}**" in made["body"] and "| main | difference |" in made["body"] and "+0.000" in made["body"]
+    assert "would promote" in made["body"] and "c0ffeec0ff" in made["body"] and made["pull"] == 7
+
+    worse = json.loads(json.dumps(found))  # a stranger's figures and texts, of the right schema
+    hostile = "@everyone ![x](https://evil.example/x.png) | <script>alert(1)</script> " + MARKER
+    worse["evaluate"]["mistakes"] = [{"row": 1, "text": hostile, "label": hostile, "predicted": "`x`", "confidence": 0.9}]
+    worse["evaluate"]["overall"]["f1"] = worse["promote"]["challenger"]["overall"]["f1"] = 0.25
+    hub.upload(102, "results", zipped(files(worse)))
+    assert comment(hub, tmp_path, workflow_run(2)).success
+    [updated] = ours(hub)
+    assert updated["id"] == made["id"] and "**F1 0.250**" in updated["body"] and "would refuse" in updated["body"] and "| weighted F1 | 0.250 |" in updated["body"]
+    html = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url"])(updated["body"])
+    assert re.findall(r"<a [^>]*>", html) == ['<a href="https://github.example/team/classifier/actions/runs/102">']
+    assert not re.search(r"<(img|script)|@\w", html) and html.count("<!--") == 1
+
+    before = json.dumps(hub.comments)
+    hub.upload(103, "results", zipped(files(found) | {"../../.bashrc": "x"}))
+    done = comment(hub, tmp_path, workflow_run(3))
+    assert done.outcome["Comment"] == "failure" and "Check failed: The artefact is refused: it holds '../../.bashrc'" in done.said["Comment"], done.said
+    hub.upload(104, "results", zipped(files(found)))
+    done = comment(hub, tmp_path, workflow_run(4, head_sha="0" * 40))  # the pull request has moved on
+    assert done.success and "nothing to say" in done.said["Comment"], done.said
+    assert comment(hub, tmp_path, workflow_run(4, event="push")).outcome == {}
+    assert json.dumps(hub.comments) == before
+
+    assert comment(hub, tmp_path, workflow_run(5, "failure")).success  # a run that failed before it had results
+    assert ours(hub)[0]["id"] == made["id"] and "runs/105): failure" in ours(hub)[0]["body"] and "no verdict" in ours(hub)[0]["body"]
+    assert [one["body"] for one in hub.comments if one["id"] < 1003] == ["Nice.", f"{MARKER}\nmine", "Coverage 90 %"]
+
+
+@pytest.mark.slow
+def test_pull_request_merge_rollout_and_rollback(hub: GitHub, tmp_path: Path) -> None:
+    """A merge promotes a first champion; a service starts; a pull request is run and commented; its merge is rolled out; a version that the service cannot load comes back out."""
+    origin, checkout, place = tmp_path / "origin", tmp_path / "checkout", tmp_path / "place"
+    place.mkdir()
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(origin)], check=True)
+    # What the gate refuses is tested elsewhere. Here it agrees, however little the models have learnt and however busy the machine is.
+    policy = origin / "deploy" / "promotion.yaml"
+    loose = re.sub(r"(?m)^(max_\w*(?:drop|calibration)\w*): .*", r"\1: 1", policy.read_text(encoding="utf-8"))
+    policy.write_text(re.sub(r"(?m)^(max_(?!\w*(?:drop|calibration))\w+): .*", r"\1: 1000", loose), encoding="utf-8")
+    subprocess.run(["git", "-C", str(origin), "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "--quiet", "--all", "--message", "The gate agrees"], check=True)
+    secrets = {"MADEWITHML_SHARED": str(place / "shared"), "MADEWITHML_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
+
+    def merge(number: int, options: str, url: str = "", before: dict | None = None):
+        contexts = {"github": {"sha": f"{number:040x}", "run_id": number}, "secrets": secrets, "vars": {"WORKLOADS_OPTIONS": options, "MADEWITHML_URL": url}}
+        played = play("serve.yaml", origin, checkout, hub, {"repository": REPOSITORY}, contexts, before)
+        hub.runs.append({"id": number, "workflow": "serve.yaml", "branch": "main", "event": "push", "status": "completed"})
+        return played
+
+    first = merge(1, "--num-epochs 1 --num-samples 100")
+    assert first.success and first.outcome[ROLL_OUT] == "skipped", first.said
+
+    # What a fork's pull request gets: no secret.
+    contexts = {"github": {"run_id": 101, "event_name": "pull_request"}, "vars": {"WORKLOADS_OPTIONS": "--num-epochs 1 --num-samples 400"}}
+    run = play("workloads.yaml", origin, checkout, hub, {"pull_request": {"number": 7}, "repository": REPOSITORY}, contexts)
+    assert run.success and run.outcome["Run on the cluster"] == "skipped" and MARKER in run.summary, run.said
+    assert {artifact["name"] for artifact in hub.artifacts if artifact["run"] == 101} == {"results", "report"}
+    assert comment(hub, tmp_path, workflow_run(1)).success
+    [made] = ours(hub)
+    assert "| main | difference |" in made["body"] and "against `main`'s champion" in made["body"]
+
+    with serving(Run(place), "--config", '{"watch_s": 0.5}', **secrets, MADEWITHML_STORAGE=str(place / "storage"), PYTHONPATH=str(origin)) as service:
+        assert service.ask("/version")[1]["version"] == 1
+        second = merge(2, "--num-epochs 1", service.url)
+        assert second.success and second.outcome["Roll back"] == "skipped", second.said
+        assert service.ask("/version")[1]["version"] == 2
+
+        def unseal() -> None:
+            """The gate can read the model as before; the service takes nothing that is not sealed."""
+            run_id = json.loads((checkout / "results" / "main" / "train.json").read_text(encoding="utf-8"))["run_id"]
+            [seal] = place.rglob(f"{run_id}/artifacts/checkpoint/digests.json")
+            seal.unlink()
+
+        third = merge(3, "--num-epochs 1", service.url, {"Promote through the gate": unseal})
+        assert third.outcome["Promote through the gate"] == "success", third.said
+        assert third.outcome[ROLL_OUT] == "failure" and "version 2 answers; refused" in third.said[ROLL_OUT], third.said
+        assert third.outcome["Roll back"] == "success" and not third.success, third.said
+        about = service.ask("/version")[1]
+        assert about["version"] == 2 and about["refused"] is None
