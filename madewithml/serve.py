@@ -30,7 +30,7 @@ from .config import ServeConfig, UserError, get_logger, get_settings, packaged_d
 from .data import join_text, read_labeled, row_texts
 from .engine import Engine
 from .evaluate import evaluate_predictions
-from .front import Front
+from .proxy import Proxy
 from .guard import Guard, Metrics, Refused
 from .journal import Journal
 from .predict import answers
@@ -440,7 +440,7 @@ def service(
     Versions(config, config.alias).look()  # what is wrong is told here in a second, and not by a replica in a minute
     read_token(config)
     shutil.rmtree(get_settings().storage / "serve" / "metrics", ignore_errors=True)
-    with contextlib.closing(Front(config, host, port)) as front, environment(_RAY | front.env()), ray_session("local"):
+    with contextlib.closing(Proxy(config, host, port)) as front, environment(_RAY | front.env()), ray_session("local"):
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         serve.run(Classifier.options(num_replicas=replicas).bind(config), name="madewithml", route_prefix="/")
         try: yield f"http://{host}:{port}"
