@@ -111,7 +111,7 @@ def test_parity_on_every_row(ready: Run, tmp_path: Path) -> None:
 def test_generated_requests(ready: Run, tmp_path: Path) -> None:
     """Ten thousand requests that schemathesis makes of the service's own description: no 5xx, no answer that is not in it."""
     with serving(ready) as served:
-        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{served.url}/openapi.json", "--max-examples", "2500", "--continue-on-failure", "--request-timeout", "20",
+        command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{served.url}/openapi.json", "--max-examples", "6000", "--continue-on-failure", "--request-timeout", "20",
                    "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance", "--workers", "2"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     calls = re.search(r"Test cases:\s*\n\s*([\d,]+) generated", done.stdout)
@@ -154,7 +154,7 @@ def test_ten_releases(ready: Run) -> None:
     assert {outcome.status for outcome in outcomes} == {200}
 
 
-KILLS = [("replica", "ServeReplica"), ("proxy manager", "HAProxyManager"), ("controller", "ServeController")]
+KILLS = [("replica", "ServeReplica"), ("proxy", "haproxy.cfg"), ("proxy manager", "HAProxyManager"), ("controller", "ServeController")]
 
 
 def test_killed_processes(ready: Run) -> None:
