@@ -31,6 +31,7 @@ SLOW = {
     "explore/training_speed": {"num_samples": 96, "num_epochs": 2},
     "explore/tuning": {"num_runs": 2},
 }
+TRAINED = {"explore/drift_power": {"windows": 2}}  # needs a run
 SERVED = {"explore/serving_speed": {"clients": [1, 8], "seconds": 1, "rounds": 1}}
 
 
@@ -60,7 +61,7 @@ def covered() -> set[str]:
     names = {path.stem for path in (NBS / "workloads").glob("*.ipynb")}
     run = {name for name in names if f'Workload(\\"{name}\\"' in pipeline or re.search(rf'(cli\(|run_cli\(|command = \[|args = \[)"{name}"', tests)}
     stages = {path.stem for path in NBS.glob("*.ipynb")}  # nbdev_test takes all that lie beside no .notest
-    return stages | {f"workloads/{name}" for name in run} | LIGHT.keys() | SLOW.keys() | SERVED.keys()
+    return stages | {f"workloads/{name}" for name in run} | LIGHT.keys() | SLOW.keys() | TRAINED.keys() | SERVED.keys()
 
 
 def test_every_notebook_is_run() -> None:
@@ -73,6 +74,13 @@ def test_every_notebook_is_run() -> None:
 def test_runs(name: str, tmp_path: Path) -> None:
     """From a fresh kernel, with nothing on stderr."""
     assert noise(execute(name, (LIGHT | SLOW)[name], tmp_path)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_runs_with_a_run(name: str, trained: Run, tmp_path: Path) -> None:
+    """The same, for what looks at a trained run."""
+    assert noise(execute(name, TRAINED[name], tmp_path, trained.folder / "storage")) == []
 
 
 @pytest.mark.load
