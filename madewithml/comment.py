@@ -39,7 +39,7 @@ def verdict(
     decided, champion = found.get("promote"), champion_figures(main)
     if not isinstance(decided, PromoteResults): return "**Promotion gate:** no verdict, the model was not measured.", ""
     if champion and main["promote"].dataset_digest != decided.dataset_digest: return "**Promotion gate:** no verdict, `main`'s champion was judged on another table.", ""
-    checks = gate(decided.challenger, champion, policy.model_copy(update={"max_p99_ratio": math.inf}))
+    checks = gate(decided.challenger, champion, policy.model_copy(update={"max_p99_ratio": math.inf, "max_p50_ratio": math.inf}))
     failed = [check for check in checks if not check.success]
     against = "against `main`'s champion" if champion else "(no champion of `main` is known, so only absolute limits count)"
     text = f"**Promotion gate: {'would refuse' if failed else 'would promote'}**, {len(checks) - len(failed)} of {len(checks)} demands met {against}."

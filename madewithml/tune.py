@@ -36,6 +36,8 @@ from .tracking import CHECKPOINT, begin_run, connect_mlflow, experiment_id, log_
 from .train import log_history, make_job, make_trainer, place, prepare_rows
 from .worker import CLASSIFIER, HISTORY
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for each study says nothing that a table does not
+
 # %% ../nbs/05_tune.ipynb #6fae9c86
 SEARCH_SPACE = {
     "lr": {"loguniform": [5e-5, 5e-4]},
@@ -256,7 +258,6 @@ def _search(name: str, job: TrainJob, rows: tuple, space: dict, points: list[dic
     filesystem, path = locate(durable("tune"))
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job, rows=rows, root=durable("trials", name)), {"memory": 500e6})
     run_config = tune.RunConfig(name=name, storage_path=path, storage_filesystem=filesystem, callbacks=[recorder], verbose=0)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     if tune.Tuner.can_restore(f"{path}/{name}", filesystem):
         get_logger().info(f"search {name}: going on where it was stopped")
         return tune.Tuner.restore(f"{path}/{name}", trainable, storage_filesystem=filesystem, resume_unfinished=True, restart_errored=True).fit()

@@ -237,7 +237,8 @@ def use(step: dict, checkout: Path, hub: GitHub, about: Context) -> None:
         patterns = step["with"]["path"].split()
         found = [path for pattern in patterns for match in checkout.glob(pattern.rstrip("/")) for path in ([match] if match.is_file() else match.rglob("*")) if path.is_file()]
         if found:
-            hub.upload(about.run_id, step["with"]["name"], zipped({str(path.relative_to(checkout / "results" / "main")): path.read_bytes() for path in found}))
+            root = os.path.commonpath([path.parent for path in found])
+            hub.upload(about.run_id, step["with"]["name"], zipped({str(path.relative_to(root)): path.read_bytes() for path in found}))
     else:
         assert action in {"actions/checkout", "actions/setup-python"}, action
 

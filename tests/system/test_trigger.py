@@ -29,7 +29,7 @@ class Loop:
         self.folder, self.new = folder, folder / "new"
         self.new.mkdir()
         (folder / "policy.yaml").write_text(yaml.safe_dump({"settle_seconds": 0} | policy))
-        (folder / "promotion.yaml").write_text("max_p99_ratio: 10\nmax_p99_ms: 1000")  # both versions are of one size; what else runs on the machine is no reason
+        (folder / "promotion.yaml").write_text("max_p99_ratio: 10\nmax_p50_ratio: 10\nmax_p99_ms: 1000")  # both versions are of one size; what else runs on the machine is no reason
         self.args = ["--policy", "policy.yaml", "--new-data", "new", "--promotion-policy", "promotion.yaml", "--dataset-loc", str(root), "--holdout-loc", HOLDOUT]
 
     def come(self, rows: pd.DataFrame, name: str = "batch.csv") -> None:

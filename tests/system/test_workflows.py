@@ -1,19 +1,24 @@
 """The workflows, played: their `run:` steps in order, in a fresh clone, with the variables that GitHub sets; only GitHub itself is a stand-in."""
+import itertools
 import json
 import re
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import mistune
+import pandas as pd
 import pytest
 
 from madewithml.comment import MARKER
+from madewithml.data import stratified_split
 from madewithml.results import Candidate, EvaluateResults, PromoteResults
 
-from ..actions import BOT, REPOSITORY, GitHub, github, play, zipped
+from ..actions import BOT, REPOSITORY, GitHub, Played, github, play, zipped
 from ..conftest import ROOT, Run
-from .test_serve import serving
+from .test_serve import Served, serving
 
 pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone of the repository")
 ROLL_OUT = "Roll out, and see that the service answers with it"
@@ -96,42 +101,65 @@ def test_comment_is_made_kept_up_to_date_and_guarded(trained: Run, hub: GitHub, 
     assert [one["body"] for one in hub.comments if one["id"] < 1003] == ["Nice.", f"{MARKER}\nmine", "Coverage 90 %"]
 
 
+class Traffic(threading.Thread):
+    """Somebody who asks the service five times a second, all the while; what came back."""
+
+    def __init__(self, service: Served, items: list[dict]) -> None:
+        super().__init__(daemon=True)
+        self.service, self.items, self.answers, self.ended = service, items, [], threading.Event()
+
+    def run(self) -> None:
+        for i in itertools.count():
+            if self.ended.wait(0.2):
+                return
+            try:
+                status, body, _ = self.service.ask("/predict/", self.items[i % len(self.items)])
+                self.answers.append((status, body["version"] if status == 200 else body))
+            except OSError as error:
+                self.answers.append((0, str(error)))
+
+
 @pytest.mark.slow
-def test_pull_request_merge_rollout_and_rollback(hub: GitHub, tmp_path: Path) -> None:
-    """A merge promotes a first champion; a service starts; a pull request is run and commented; its merge is rolled out; a version that the service cannot load comes back out."""
+def test_whole_loop(hub: GitHub, tmp_path: Path) -> None:
+    """A merge makes the first champion; a pull request is run and commented; its merge is rolled out, after one whose model the service refuses came back out by itself;
+    the traffic drifts, the monitor alarms, the trigger retrains with new rows, and what comes out takes over. Somebody asks all the while, and always gets an answer."""
     origin, checkout, place = tmp_path / "origin", tmp_path / "checkout", tmp_path / "place"
-    place.mkdir()
+    (place / "new").mkdir(parents=True)
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(origin)], check=True)
-    # What the gate refuses is tested elsewhere. Here it agrees, however little the models have learnt and however busy the machine is.
-    policy = origin / "deploy" / "promotion.yaml"
-    loose = re.sub(r"(?m)^(max_\w*(?:drop|calibration)\w*): .*", r"\1: 1", policy.read_text(encoding="utf-8"))
-    policy.write_text(re.sub(r"(?m)^(max_(?!\w*(?:drop|calibration))\w+): .*", r"\1: 1000", loose), encoding="utf-8")
-    subprocess.run(["git", "-C", str(origin), "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "--quiet", "--all", "--message", "The gate agrees"], check=True)
+    rest, first = stratified_split(pd.read_csv(ROOT / "datasets" / "dataset.csv"), 0.2, seed=0)  # a team that has labelled little so far
+    first.to_csv(origin / "datasets" / "dataset.csv", index=False)
+    subprocess.run(["git", "-C", str(origin), "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "--quiet", "--all", "--message", "The first rows"], check=True)
     secrets = {"MADEWITHML_SHARED": str(place / "shared"), "MADEWITHML_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
 
-    def merge(number: int, options: str, url: str = "", before: dict | None = None):
+    def merge(number: int, options: str, url: str = "", before: dict | None = None) -> Played:
         contexts = {"github": {"sha": f"{number:040x}", "run_id": number}, "secrets": secrets, "vars": {"WORKLOADS_OPTIONS": options, "MADEWITHML_URL": url}}
         played = play("serve.yaml", origin, checkout, hub, {"repository": REPOSITORY}, contexts, before)
         hub.runs.append({"id": number, "workflow": "serve.yaml", "branch": "main", "event": "push", "status": "completed"})
         return played
 
-    first = merge(1, "--num-epochs 1 --num-samples 100")
-    assert first.success and first.outcome[ROLL_OUT] == "skipped", first.said
+    done = merge(1, "--num-epochs 1 --num-samples 150")
+    assert done.success and done.outcome[ROLL_OUT] == "skipped", done.said
 
-    # What a fork's pull request gets: no secret.
-    contexts = {"github": {"run_id": 101, "event_name": "pull_request"}, "vars": {"WORKLOADS_OPTIONS": "--num-epochs 1 --num-samples 400"}}
-    run = play("workloads.yaml", origin, checkout, hub, {"pull_request": {"number": 7}, "repository": REPOSITORY}, contexts)
-    assert run.success and run.outcome["Run on the cluster"] == "skipped" and MARKER in run.summary, run.said
-    assert {artifact["name"] for artifact in hub.artifacts if artifact["run"] == 101} == {"results", "report"}
-    assert comment(hub, tmp_path, workflow_run(1)).success
-    [made] = ours(hub)
-    assert "| main | difference |" in made["body"] and "against `main`'s champion" in made["body"]
+    known = pd.read_csv(ROOT / "datasets" / "holdout.csv").fillna("")[["title", "description"]].to_dict("records")
+    strange = pd.read_csv(ROOT / "datasets" / "offtopic.csv").fillna("")
+    options = ("--config", '{"watch_s": 0.5, "log_seconds": 1, "log_text": "keep"}', "--log-dir", str(place / "log"))
+    with serving(Run(place), *options, **secrets, MADEWITHML_STORAGE=str(place / "storage"), PYTHONPATH=str(origin)) as service:
+        traffic = Traffic(service, known)
+        traffic.start()
 
-    with serving(Run(place), "--config", '{"watch_s": 0.5}', **secrets, MADEWITHML_STORAGE=str(place / "storage"), PYTHONPATH=str(origin)) as service:
-        assert service.ask("/version")[1]["version"] == 1
-        second = merge(2, "--num-epochs 1", service.url)
-        assert second.success and second.outcome["Roll back"] == "skipped", second.said
-        assert service.ask("/version")[1]["version"] == 2
+        def answers_with(version: int) -> None:
+            about = service.ask("/version")[1]
+            assert about["version"] == version and about["refused"] is None, about
+
+        answers_with(1)
+        contexts = {"github": {"run_id": 101, "event_name": "pull_request"}, "vars": {"WORKLOADS_OPTIONS": "--num-epochs 2"}}  # from a fork: no secret
+        done = play("workloads.yaml", origin, checkout, hub, {"pull_request": {"number": 7}, "repository": REPOSITORY}, contexts)
+        assert done.success and done.outcome["Run on the cluster"] == "skipped" and MARKER in done.summary, done.said
+        assert {artifact["name"] for artifact in hub.artifacts if artifact["run"] == 101} == {"results", "report"}
+        assert comment(hub, tmp_path, workflow_run(1)).success
+        [made] = ours(hub)
+        assert "| main | difference |" in made["body"] and "would promote" in made["body"] and "against `main`'s champion" in made["body"], made["body"]
+        answers_with(1)
 
         def unseal() -> None:
             """The gate can read the model as before; the service takes nothing that is not sealed."""
@@ -139,9 +167,46 @@ def test_pull_request_merge_rollout_and_rollback(hub: GitHub, tmp_path: Path) ->
             [seal] = place.rglob(f"{run_id}/artifacts/checkpoint/digests.json")
             seal.unlink()
 
-        third = merge(3, "--num-epochs 1", service.url, {"Promote through the gate": unseal})
-        assert third.outcome["Promote through the gate"] == "success", third.said
-        assert third.outcome[ROLL_OUT] == "failure" and "version 2 answers; refused" in third.said[ROLL_OUT], third.said
-        assert third.outcome["Roll back"] == "success" and not third.success, third.said
-        about = service.ask("/version")[1]
-        assert about["version"] == 2 and about["refused"] is None
+        done = merge(2, "--num-epochs 2", service.url, {"Promote through the gate": unseal})
+        assert done.outcome["Promote through the gate"] == "success", done.said
+        assert done.outcome[ROLL_OUT] == "failure" and "version 1 answers; refused" in done.said[ROLL_OUT], done.said
+        assert done.outcome["Roll back"] == "success" and not done.success, done.said
+        answers_with(1)
+        done = merge(3, "--num-epochs 2", service.url)
+        assert done.success and done.outcome["Roll back"] == "skipped", done.said
+        answers_with(3)
+
+        def look() -> Played:
+            contexts = {"secrets": secrets, "vars": {"MADEWITHML_LOG_DIR": str(place / "log"), "MADEWITHML_NEW_DATA": str(place / "new")}}
+            return play("monitor.yaml", origin, checkout, hub, {}, contexts)
+
+        def window(items: list[dict]) -> None:
+            traffic.items = items
+            for begin in (0, 100):
+                assert service.ask("/predict/", items[begin:begin + 100])[0] == 200
+            time.sleep(3)  # written once a second
+
+        window(known[:200])
+        done = look()
+        assert done.success and '"decision": "nothing"' in done.said["Decide"], done.said
+        drifted = [item for i in range(60) for item in (strange.iloc[i].to_dict(), known[2 * i], known[2 * i + 1])] + known[300:320]  # 30 % are of a topic that nobody has seen
+        window(drifted)
+        done = look()
+        assert done.outcome["Look"] == "failure" and '"decision": "nothing"' in done.said["Decide"] and "1 window(s) in a row" in done.said["Decide"], done.said
+        new = pd.concat([rest.sample(600, random_state=0), strange.head(40).assign(id=range(100_000, 100_040), created_on="2026-01-01", tag="other")])
+        new.to_csv(place / "new" / "labelled.csv", index=False)
+        window(drifted)
+        time.sleep(3)  # the file has settled
+        done = look()
+        assert done.outcome["Look"] == "failure" and done.outcome["Decide"] == "success", done.said
+        for said in ("2 window(s) in a row", '"decision": "retrain"', "drift", "Version 4 is the champion"):
+            assert said in done.said["Decide"], done.said["Decide"]
+        time.sleep(5)
+        answers_with(4)
+        traffic.ended.set()
+        traffic.join()
+        after = [one["prediction"] for one in service.ask("/predict/", strange.tail(20).to_dict("records"))[1]["results"]]
+    assert {status for status, _ in traffic.answers} == {200}, [answer for answer in traffic.answers if answer[0] != 200][:5]
+    assert [version for version, _ in itertools.groupby(version for _, version in traffic.answers)] == [1, 3, 4]
+    assert after.count("other") >= 15, after  # it has learned the new topic from the others' labels
+    print(f"{len(traffic.answers)} requests, all answered, by versions 1, 3 and 4")
