@@ -13,7 +13,7 @@ import numpy as np, torch
 from tokenizers import Tokenizer
 
 from .config import UserError
-from .models import autocast, label_names, load_classifier, max_tokens, pick_precision, settle_close_calls, softmax
+from .models import label_names, load_classifier, max_tokens, pick_precision, settle_close_calls, softmax
 from .storage import damage
 
 # %% ../nbs/09_engine.ipynb #a8be87a4
@@ -77,10 +77,9 @@ class Engine:
         self.labels, self.precision, device = label_names(self.exact), pick_precision(precision, self.exact.device), self.exact.device
         if runtime == "packed" and not can_pack(device): raise UserError("--runtime packed needs a CPU and a PyTorch with oneDNN.")
         self.runtime = "packed" if runtime != "torch" and can_pack(device) else "torch"
-        dtype, self.model = torch.bfloat16 if self.precision == "bf16" else torch.float32, self.exact
-        if self.runtime == "packed" or self.precision == "bf16":
-            self.model = copy.deepcopy(self.exact)  # autocast would cast the weights at each call
-            _replace_linears(self.model, (lambda linear: PackedLinear(linear, dtype)) if self.runtime == "packed" else (lambda linear: linear.to(dtype)))
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.model = self.exact if (self.runtime, self.precision) == ("torch", "fp32") else copy.deepcopy(self.exact).to(dtype)  # all of it: autocast would cast weights and states to and fro at each layer
+        if self.runtime == "packed": _replace_linears(self.model, lambda linear: PackedLinear(linear, dtype))
         self.pad_id, self.unknown_id = tokenizer.pad_token_id, tokenizer.unk_token_id
         self.tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.tokenizer.enable_truncation(max_tokens(tokenizer))
@@ -97,12 +96,12 @@ class Engine:
         ids:list[list[int]], # token ids of each text
     ) -> np.ndarray:
         "Probability of each label, (texts, labels); close calls are settled in fp32."
-        return settle_close_calls(self._proba(self.model, ids, self.precision), lambda rows: self._proba(self.exact, [ids[i] for i in rows], "fp32"), self.precision)
+        return settle_close_calls(self._proba(self.model, ids), lambda rows: self._proba(self.exact, [ids[i] for i in rows]), self.precision)
 
-    def _proba(self, model: torch.nn.Module, ids: list[list[int]], precision: str) -> np.ndarray:
-        "Probabilities by this model at this precision, short texts with short ones."
+    def _proba(self, model: torch.nn.Module, ids: list[list[int]]) -> np.ndarray:
+        "Probabilities by this model, short texts with short ones."
         order, logits = sorted(range(len(ids)), key=lambda i: len(ids[i])), np.empty((len(ids), len(self.labels)), dtype=np.float32)
-        with torch.inference_mode(), autocast(precision, self.exact.device):
+        with torch.inference_mode():
             for begin, end in cut_by_length([len(ids[i]) for i in order]): logits[order[begin:end]] = self._logits(model, [ids[i] for i in order[begin:end]])
         return softmax(logits)
 
