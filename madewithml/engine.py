@@ -7,6 +7,7 @@ __all__ = ['PackedLinear', 'can_pack', 'cut_by_length', 'Engine']
 
 # %% ../nbs/09_engine.ipynb #778c1d63
 import copy
+from functools import partial
 from pathlib import Path
 
 import numpy as np, torch
@@ -77,9 +78,11 @@ class Engine:
         self.labels, self.precision, device = label_names(self.exact), pick_precision(precision, self.exact.device), self.exact.device
         if runtime == "packed" and not can_pack(device): raise UserError("--runtime packed needs a CPU and a PyTorch with oneDNN.")
         self.runtime = "packed" if runtime != "torch" and can_pack(device) else "torch"
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        self.model = self.exact if (self.runtime, self.precision) == ("torch", "fp32") else copy.deepcopy(self.exact).to(dtype)  # all of it: autocast would cast weights and states to and fro at each layer
-        if self.runtime == "packed": _replace_linears(self.model, lambda linear: PackedLinear(linear, dtype))
+        models = {torch.float32: self.exact}
+        if self.precision == "bf16": models[torch.bfloat16] = copy.deepcopy(self.exact).to(torch.bfloat16)  # all of it: autocast would cast weights and states to and fro at each layer
+        if self.runtime == "packed":
+            for dtype, model in models.items(): _replace_linears(model, partial(PackedLinear, dtype=dtype))
+        self.model = models.get(torch.bfloat16, self.exact)
         self.pad_id, self.unknown_id = tokenizer.pad_token_id, tokenizer.unk_token_id
         self.tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self.tokenizer.enable_truncation(max_tokens(tokenizer))

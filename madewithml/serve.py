@@ -7,8 +7,9 @@ __all__ = ['EXAMPLES', 'Versions', 'Service', 'Shadow', 'read_allowed', 'Answer'
            'add_pages', 'make_app', 'Classifier', 'build', 'service', 'serve_forever']
 
 # %% ../nbs/09_serve.ipynb #08e5f258
-import asyncio, base64, contextlib, hashlib, importlib.util, io, os, shutil, signal, threading
+import asyncio, base64, contextlib, hashlib, importlib.util, io, os, shutil, signal, sys, threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from threadpoolctl import ThreadpoolController
 
 from .aliases import resolve_alias
 from .config import ServeConfig, UserError, get_logger, get_settings, packaged_dir, read_token
@@ -80,10 +82,13 @@ class Service:
         self.versions.look()
         self.journal = Journal(config) if config.log_dir else None
         self.shadow = Shadow(config, self.metrics) if config.shadow else None
-        threads = config.threads or os.cpu_count() or 1
-        self.pool = ThreadPoolExecutor(1, "forward", initializer=torch.set_num_threads, initargs=(threads,))
+        self.threads = config.threads or os.cpu_count() or 1
+        self.passes = min(self.threads, 4) if self.versions.engine.exact.device.type == "cpu" else 1
+        self.pools = [ThreadPoolExecutor(1, f"forward-{i}") for i in range(self.passes)]
+        self.openmp, self.idle = ThreadpoolController().select(user_api="openmp"), asyncio.PriorityQueue()
+        for number in range(self.passes): self.idle.put_nowait(number)
         self.waiting, self._batches, self._batch_ended, self._stop = 0, 0, asyncio.Event(), threading.Event()
-        self.gather = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=0, max_concurrent_batches=2)(self._batch) if _in_replica() else self._alone
+        self.gather = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=0, max_concurrent_batches=self.passes + 1)(self._batch) if _in_replica() else self._alone
         if config.watch_s and not config.run_id: threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def _watch(self) -> None:
@@ -96,7 +101,7 @@ class Service:
         "Stops the threads and writes what is left."
         self._stop.set()
         if self.journal: self.journal.close()
-        self.pool.shutdown(cancel_futures=True)
+        for pool in self.pools: pool.shutdown(cancel_futures=True)
 
     async def predict(self,
         texts:list[str], # joined texts, see `data.join_text`
@@ -114,7 +119,7 @@ class Service:
         if self.waiting and self.waiting + len(ids) > self.config.max_waiting: raise Refused(503, "Too many texts are waiting.", retry_after="1")
         self.waiting += len(ids)
         try:
-            while self._batches >= 2: await self._batch_ended.wait()
+            while self._batches > self.passes: await self._batch_ended.wait()
             return np.stack(await asyncio.gather(*[self.gather((engine, row)) for row in ids]))
         finally: self.waiting -= len(ids)
 
@@ -126,11 +131,20 @@ class Service:
         "Probabilities of each text; one forward pass for all that the same engine encoded."
         self._batches += 1
         self.metrics.batch_size.observe(len(asked))
-        try: return await asyncio.get_running_loop().run_in_executor(self.pool, _forward, asked)
+        try: return await self._compute(_forward, asked)
         finally:
             self._batches -= 1
             self._batch_ended.set()
             self._batch_ended.clear()
+
+    async def _compute(self, function: Callable, *arguments: Any) -> Any:
+        "Calls the function in an idle thread with its share of the processors."
+        number = await self.idle.get()
+        share = max(1, self.threads // (max(1, self._batches) if number == 0 else self.passes))
+        def call() -> Any:
+            with self.openmp.limit(limits=share): return function(*arguments)
+        try: return await asyncio.get_running_loop().run_in_executor(self.pools[number], call)
+        finally: self.idle.put_nowait(number)
 
     def _write_down(self, engine: Engine, texts: list[str], ids: list[list[int]], found: list[dict], probabilities: np.ndarray) -> None:
         "Counts and logs the answers, and hands them to the shadow."
@@ -147,10 +161,10 @@ class Service:
     ) -> dict[str, Any]:
         "How good the engine is on the table. Raises: Refused, UserError."
         engine, rows = self.versions.engine, await asyncio.to_thread(read_allowed, name, self.config)
-        loop, texts, parts = asyncio.get_running_loop(), row_texts(rows), []
+        texts, parts = row_texts(rows), []
         for begin in range(0, len(texts), self.config.max_batch_size):  # in parts, so that predictions get their turn
             ids = [engine.encode(text) for text in texts[begin:begin + self.config.max_batch_size]]
-            parts.append(await loop.run_in_executor(self.pool, engine.proba, ids))
+            parts.append(await self._compute(engine.proba, ids))
         judged = await asyncio.to_thread(evaluate_predictions, rows, np.concatenate(parts), engine.labels)
         return {"results": {"timestamp": Results().timestamp, "run_id": engine.run_id, "overall": judged["overall"].model_dump(),
                             "per_class": {label: scores.model_dump() for label, scores in judged["per_class"].items()},
@@ -409,7 +423,10 @@ def make_app(
 class Classifier:
     "A replica of the service."
 
-    def __init__(self, config: ServeConfig): self.service = Service(config)
+    def __init__(self, config: ServeConfig):
+        torch.set_num_threads(1)  # of the threads that load and watch
+        sys.setswitchinterval(0.0005)  # a forward pass, which lets go of Python at each layer, gets it back sooner than in the usual 5 ms
+        self.service = Service(config)
 
     def __serve_build_asgi_app__(self) -> Guard: return make_app(self.service)
 
