@@ -92,7 +92,8 @@ class Service:
         if config.watch_s and not config.run_id: threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def _watch(self) -> None:
-        "Looks at the aliases from time to time."
+        "Looks at the aliases from time to time; what it loads, it loads when nobody waits for an answer."
+        _give_way()
         while not self._stop.wait(self.config.watch_s):
             self.versions.look_again()
             if self.shadow: self.shadow.versions.look_again()
@@ -180,6 +181,10 @@ class Service:
         return {"model_name": self.config.model_name or get_settings().registry_name, **self.who(engine), "alias": "" if self.config.run_id else self.config.alias, "labels": engine.labels,
                 "precision": engine.precision, "runtime": engine.runtime, "trained_from_commit": tags.get("git_commit", "unknown"), **provenance(), "refused": self.versions.refused}
 
+def _give_way() -> None:
+    "This thread gets what processor time the others leave, where threads have a priority of their own."
+    if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
 def _in_replica() -> bool:
     "Whether this process is a replica of Ray Serve, where `serve.batch` works."
     try: return bool(serve.get_replica_context())
@@ -214,7 +219,7 @@ class Shadow:
 
     def _answer(self) -> None:
         "Answers a few at a time, at the lowest priority."
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        _give_way()
         torch.set_num_threads(1)
         while self._something.wait():
             self._something.clear()
