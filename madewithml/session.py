@@ -16,7 +16,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Set before ray is imported: it reads them then. Each silences a message that a user can do nothing about, or saves a background process.
 for _name, _value in {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
                       "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_METRICS_ENABLED": "0", "RAY_AIR_NEW_OUTPUT": "0",
-                      "RAY_BACKEND_LOG_LEVEL": "fatal",  # its C++ part tells of every pool of actors that it could not be restarted if it were not what it is (issue 53727); what goes wrong comes as an exception
                       "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how soon a checkpoint is known to be there
                       "TOKENIZERS_PARALLELISM": "false", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}.items():
     os.environ.setdefault(_name, _value)
