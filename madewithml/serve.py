@@ -84,7 +84,7 @@ class Service:
         self.shadow = Shadow(config, self.metrics) if config.shadow else None
         self.threads = config.threads or os.cpu_count() or 1
         self.passes = min(self.threads, 4) if self.versions.engine.exact.device.type == "cpu" else 1
-        self.pools = [ThreadPoolExecutor(1, f"forward-{i}") for i in range(self.passes)]
+        self.pools = [ThreadPoolExecutor(1, f"forward-{i}", initializer=_give_way, initargs=(10,)) for i in range(self.passes)]
         self.openmp, self.idle = ThreadpoolController().select(user_api="openmp"), asyncio.PriorityQueue()
         for number in range(self.passes): self.idle.put_nowait(number)
         self.waiting, self._batches, self._batch_ended, self._stop = 0, 0, asyncio.Event(), threading.Event()
@@ -181,9 +181,9 @@ class Service:
         return {"model_name": self.config.model_name or get_settings().registry_name, **self.who(engine), "alias": "" if self.config.run_id else self.config.alias, "labels": engine.labels,
                 "precision": engine.precision, "runtime": engine.runtime, "trained_from_commit": tags.get("git_commit", "unknown"), **provenance(), "refused": self.versions.refused}
 
-def _give_way() -> None:
-    "This thread gets what processor time the others leave, where threads have a priority of their own."
-    if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+def _give_way(niceness: int = 19) -> None:
+    "The other threads come before this one, where threads have a priority of their own."
+    if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 def _in_replica() -> bool:
     "Whether this process is a replica of Ray Serve, where `serve.batch` works."

@@ -6,7 +6,7 @@
 __all__ = ['worker_env', 'environment', 'free_ports', 'ray_session']
 
 # %% ../nbs/00_session.ipynb #492dd8d9
-import json, logging, os, socket
+import json, logging, os, socket, sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +20,8 @@ for _name, _value in {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STAT
                       "TOKENIZERS_PARALLELISM": "false", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}.items():
     os.environ.setdefault(_name, _value)
 # Who has a token of Ray shows it: a cluster that asks for one answers nobody else.
-if (Path.home() / ".ray" / "auth_token").is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+# Where Ray was imported before us it has read its mode, and processes that it starts now would ask for what it does not show.
+if "ray" not in sys.modules and ((Path.home() / ".ray" / "auth_token").is_file() or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()):
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 import ray

@@ -168,7 +168,7 @@ def test_killed_processes(ready: Run) -> None:
                 assert victims, title
                 victims[0].send_signal(signal.SIGKILL)
             for retries in (0, 1):
-                outcomes = open_loop(served.url + "/predict/", ITEMS, rate, every, {100: kill} if retries == 0 else {}, retries)
+                outcomes = open_loop(served.url + "/predict/", ITEMS, rate, every, {100: kill}, retries)
                 failed = [outcome for outcome in outcomes if outcome.status != 200]
                 lost.append((name, retries, len(failed), len(outcomes)))
                 if retries == 0:
