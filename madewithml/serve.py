@@ -92,8 +92,8 @@ class Service:
         if config.watch_s and not config.run_id: threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def _watch(self) -> None:
-        "Looks at the aliases from time to time; what it loads, it loads when nobody waits for an answer."
-        _give_way()
+        "Looks at the aliases from time to time; what it loads, it loads beside the forward passes, after the thread that reads requests."
+        _give_way(10)
         while not self._stop.wait(self.config.watch_s):
             self.versions.look_again()
             if self.shadow: self.shadow.versions.look_again()
