@@ -20,6 +20,7 @@ from .data import read_table, row_texts
 from .drift import counts_test, holm, mmd_test, more_often_test, squared_distances, stability_index, unlikeness, unusual_words, values_test
 from .evaluate import bootstrap_f1, scores
 from .journal import SCHEMA
+from .plots import INK, PALETTE, styled
 from .predict import decide
 from .reference import Reference, Rows, reference_of, see_rows, word_rows
 from .results import Distribution, DriftTest, Explanation, MonitorResults, Performance, UnlikeRow
@@ -261,23 +262,22 @@ def window_line(
     lines = f"{results.num_samples} rows of {which}" + (f", {results.window_start} to {results.window_end}" if results.num_samples else "")
     return lines if results.enough else f"{lines}: too few to tell, {MIN_ROWS} are needed; no alarm"
 
+@styled
 def plot_monitor(
     results:MonitorResults, # of `monitor_model`
 ) -> plt.Figure:
     "Window against reference: classes, confidence, length, language."
     shown = results.distributions
-    figure, axes = plt.subplots(1, max(len(shown), 1), figsize=(3.4 * max(len(shown), 1), 3.1), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, max(len(shown), 1), figsize=(3.4 * max(len(shown), 1), 3.1), squeeze=False)
     alarms = {test.name for test in results.tests if test.alarm}
     if not shown: axes[0, 0].set_axis_off()
     for axis, one in zip(axes[0], shown, strict=False):
         place = np.arange(len(one.bins))
-        axis.bar(place - 0.2, one.reference, 0.4, color="#8C8C8C", label="reference")
-        axis.bar(place + 0.2, one.window, 0.4, color="#D55E00" if one.name in alarms else "#0072B2", label="window")
+        axis.bar(place - 0.2, one.reference, 0.4, color=INK, label="reference")
+        axis.bar(place + 0.2, one.window, 0.4, color=PALETTE[one.name in alarms], label="window")
         axis.set(xticks=place, title=one.name + (", alarm" if one.name in alarms else ""), ylabel="share of rows" if axis is axes[0, 0] else "")
         axis.set_xticklabels(one.bins, rotation=40, ha="right", fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    plt.close(figure)
+        axis.legend(fontsize=8)
     return figure
 
 def check_monitor(

@@ -154,7 +154,14 @@ def test_ten_releases(ready: Run) -> None:
     assert {outcome.status for outcome in outcomes} == {200}
 
 
-KILLS = [("replica", "ServeReplica"), ("proxy", "haproxy.cfg"), ("proxy manager", "HAProxyManager"), ("controller", "ServeController")]
+# What is killed, the title of its processes, and how many there are when all is well.
+KILLS = [("replica", "ServeReplica", 2), ("proxy", "haproxy", 1), ("proxy manager", "HAProxyManager", 1), ("controller", "ServeController", 1)]
+
+
+def victims(served: Served, name: str, title: str) -> list[psutil.Process]:
+    """The processes to kill one of; of several HAProxies only the one that has the port."""
+    found = family(served, title)
+    return found if name != "proxy" else [process for process in found if any(one.laddr.port == served.port and one.status == psutil.CONN_LISTEN for one in process.net_connections("tcp"))]
 
 
 def test_killed_processes(ready: Run) -> None:
@@ -162,12 +169,12 @@ def test_killed_processes(ready: Run) -> None:
     plan = [KILLS[i % len(KILLS)] for i in range(20)]
     every, rate, lost, recovered = 600, 40.0, [], []
     with serving(ready, "--replicas", "2") as served:
-        for name, title in plan:
-            def kill(title: str = title) -> None:
-                victims = family(served, title)
-                assert victims, title
-                victims[0].send_signal(signal.SIGKILL)
+        for name, title, whole in plan:
+            def kill(name: str = name, title: str = title) -> None:
+                victims(served, name, title)[0].send_signal(signal.SIGKILL)
             for retries in (0, 1):
+                end = time.monotonic() + 90  # Ray replaces the proxy's manager half a minute after the proxy's death
+                while len(victims(served, name, title)) < whole and time.monotonic() < end: time.sleep(0.2)
                 outcomes = open_loop(served.url + "/predict/", ITEMS, rate, every, {100: kill}, retries)
                 failed = [outcome for outcome in outcomes if outcome.status != 200]
                 lost.append((name, retries, len(failed), len(outcomes)))
