@@ -128,6 +128,10 @@ def test_whole_loop(hub: GitHub, tmp_path: Path) -> None:
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(origin)], check=True)
     rest, first = stratified_split(pd.read_csv(ROOT / "datasets" / "dataset.csv"), 0.2, seed=0)  # a team that has labelled little so far
     first.to_csv(origin / "datasets" / "dataset.csv", index=False)
+    gate = origin / "deploy" / "promotion.yaml"
+    text = gate.read_text(encoding="utf-8")
+    gate.write_text(text.replace("max_new_behavior_failures: 0", "max_new_behavior_failures: 3"), encoding="utf-8")  # what a model of 120 rows passes, it passes by luck
+    assert gate.read_text(encoding="utf-8") != text
     subprocess.run(["git", "-C", str(origin), "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "--quiet", "--all", "--message", "The first rows"], check=True)
     secrets = {"MADEWITHML_SHARED": str(place / "shared"), "MADEWITHML_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
 
