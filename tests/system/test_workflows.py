@@ -41,8 +41,8 @@ def workflow_run(number: int, conclusion: str = "success", **changes: object) ->
     return {"workflow_run": run | changes, "repository": REPOSITORY}
 
 
-def comment(hub: GitHub, tmp_path: Path, event: dict):
-    return play("comment.yaml", ROOT, tmp_path / "checkout", hub, event, {"github": {"run_id": 900}})
+def comment(hub: GitHub, tmp_path: Path, event: dict, repository: Path = ROOT) -> Played:
+    return play("comment.yaml", repository, tmp_path / "checkout", hub, event, {"github": {"run_id": 900}})
 
 
 def results(run: Run) -> dict[str, dict]:
@@ -160,7 +160,7 @@ def test_whole_loop(hub: GitHub, tmp_path: Path) -> None:
         done = play("workloads.yaml", origin, checkout, hub, {"pull_request": {"number": 7}, "repository": REPOSITORY}, contexts)
         assert done.success and done.outcome["Run on the cluster"] == "skipped" and MARKER in done.summary, done.said
         assert {artifact["name"] for artifact in hub.artifacts if artifact["run"] == 101} == {"results", "report"}
-        assert comment(hub, tmp_path, workflow_run(1)).success
+        assert comment(hub, tmp_path, workflow_run(1), origin).success
         [made] = ours(hub)
         assert "| main | difference |" in made["body"] and "would promote" in made["body"] and "against `main`'s champion" in made["body"], made["body"]
         answers_with(1)
