@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['UserError', 'CheckFailed', 'Settings', 'get_settings', 'TrainConfig', 'parse_train_config', 'ServeConfig',
            'parse_serve_config', 'read_token', 'PromotionPolicy', 'read_policy', 'TriggerPolicy', 'read_trigger_policy',
-           'packaged_dir', 'workload_notebook', 'atomic_path', 'write_json', 'digest', 'get_logger']
+           'packaged_dir', 'workload_notebook', 'atomic_path', 'write_json', 'digest', 'get_logger', 'give_way']
 
 # %% ../nbs/00_config.ipynb #da962182
-import hashlib, json, logging, os, re, shutil, uuid
+import hashlib, json, logging, os, re, shutil, sys, threading, uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -320,3 +320,12 @@ def get_logger() -> logging.Logger:
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     return logger
+
+# %% ../nbs/00_config.ipynb #643c43ea
+def give_way(
+    niceness:int=19, # 19: only what the others leave; 0: the same as they
+) -> None:
+    "Other threads come before this one, where threads have a priority of their own."
+    if sys.platform != "linux": return
+    thread = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, thread, max(niceness, os.getpriority(os.PRIO_PROCESS, thread)))  # Ray's workers may have given way already

@@ -28,7 +28,7 @@ from ray.serve.exceptions import RayServeException
 from threadpoolctl import ThreadpoolController
 
 from .aliases import resolve_alias
-from .config import ServeConfig, UserError, get_logger, get_settings, packaged_dir, read_token
+from .config import ServeConfig, UserError, get_logger, get_settings, give_way, packaged_dir, read_token
 from .data import join_text, read_labeled, row_texts
 from .engine import Engine
 from .evaluate import evaluate_predictions
@@ -84,7 +84,7 @@ class Service:
         self.shadow = Shadow(config, self.metrics) if config.shadow else None
         self.threads = config.threads or os.cpu_count() or 1
         self.passes = min(self.threads, 4) if self.versions.engine.exact.device.type == "cpu" else 1
-        self.pools = [ThreadPoolExecutor(1, f"forward-{i}", initializer=_give_way, initargs=(10,)) for i in range(self.passes)]
+        self.pools = [ThreadPoolExecutor(1, f"forward-{i}", initializer=give_way, initargs=(10,)) for i in range(self.passes)]
         self.openmp, self.idle = ThreadpoolController().select(user_api="openmp"), asyncio.PriorityQueue()
         for number in range(self.passes): self.idle.put_nowait(number)
         self.waiting, self._batches, self._batch_ended, self._stop = 0, 0, asyncio.Event(), threading.Event()
@@ -93,7 +93,7 @@ class Service:
 
     def _watch(self) -> None:
         "Looks at the aliases from time to time; what it loads, it loads beside the forward passes, after the thread that reads requests."
-        _give_way(10)
+        give_way(10)
         while not self._stop.wait(self.config.watch_s):
             self.versions.look_again()
             if self.shadow: self.shadow.versions.look_again()
@@ -181,10 +181,6 @@ class Service:
         return {"model_name": self.config.model_name or get_settings().registry_name, **self.who(engine), "alias": "" if self.config.run_id else self.config.alias, "labels": engine.labels,
                 "precision": engine.precision, "runtime": engine.runtime, "trained_from_commit": tags.get("git_commit", "unknown"), **provenance(), "refused": self.versions.refused}
 
-def _give_way(niceness: int = 19) -> None:
-    "The other threads come before this one, where threads have a priority of their own."
-    if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
-
 def _in_replica() -> bool:
     "Whether this process is a replica of Ray Serve, where `serve.batch` works."
     try: return bool(serve.get_replica_context())
@@ -219,7 +215,7 @@ class Shadow:
 
     def _answer(self) -> None:
         "Answers a few at a time, at the lowest priority."
-        _give_way()
+        give_way()
         torch.set_num_threads(1)
         while self._something.wait():
             self._something.clear()
@@ -423,17 +419,24 @@ def make_app(
     return Guard(app, config, service.token, service.metrics, frozenset(route.path for route in app.routes))
 
 # %% ../nbs/09_serve.ipynb #85f4e094
+def _start(config: ServeConfig) -> tuple[Service, Guard]:
+    "What a replica needs, in its process."
+    torch.set_num_threads(1)  # of the threads that load and watch
+    sys.setswitchinterval(0.0005)  # a forward pass, which lets go of Python at each layer, gets it back sooner than in the usual 5 ms
+    made = Service(config)
+    return made, make_app(made)
+
 @serve.deployment(max_ongoing_requests=1024, health_check_period_s=5, health_check_timeout_s=10, graceful_shutdown_timeout_s=20, max_surge_percent=100, ray_actor_options={"num_cpus": 0.5})
 @serve.ingress()
 class Classifier:
-    "A replica of the service."
+    "A replica of the service. Ray sends the class by value, so that only what its methods name is imported where it arrives: nothing here names PyTorch."
 
     def __init__(self, config: ServeConfig):
-        torch.set_num_threads(1)  # of the threads that load and watch
-        sys.setswitchinterval(0.0005)  # a forward pass, which lets go of Python at each layer, gets it back sooner than in the usual 5 ms
-        self.service = Service(config)
+        # Some seconds of importing, which would be taken from the replicas that answer.
+        with ThreadPoolExecutor(1, initializer=give_way) as gentle: module = gentle.submit(importlib.import_module, "madewithml.serve").result()
+        self.service, self.app = module._start(config)
 
-    def __serve_build_asgi_app__(self) -> Guard: return make_app(self.service)
+    def __serve_build_asgi_app__(self) -> Guard: return self.app
 
     def __del__(self): self.service.close()
 

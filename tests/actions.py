@@ -182,8 +182,8 @@ def play(workflow: str, origin: Path, checkout: Path, hub: GitHub, event: dict, 
         (work / name).touch()
     (work / "event.json").write_text(json.dumps(event), encoding="utf-8")
     about = Context({"event": event, "repository": REPOSITORY["full_name"], "token": hub.token(job["permissions"]), **contexts.get("github", {})})
-    failed, steps = [], {}
-    scope = {"github": about, "secrets": Context(contexts.get("secrets", {})), "vars": Context(contexts.get("vars", {})), "steps": Context(steps), "true": True, "false": False,
+    failed, steps = [], Context()
+    scope = {"github": about, "secrets": Context(contexts.get("secrets", {})), "vars": Context(contexts.get("vars", {})), "steps": steps, "true": True, "false": False,
              "success": lambda: not failed, "failure": lambda: bool(failed), "cancelled": lambda: False, "always": lambda: True}
     played = Played({}, {}, "")
     if "if" in job and not evaluate(job["if"], scope):
