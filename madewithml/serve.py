@@ -434,9 +434,9 @@ class Classifier:
     def __init__(self, config: ServeConfig):
         # Some seconds of importing, which would be taken from the replicas that answer.
         with ThreadPoolExecutor(1, initializer=give_way) as gentle: module = gentle.submit(importlib.import_module, "madewithml.serve").result()
-        self.service, self.app = module._start(config)
+        self.service, self.guarded = module._start(config)
 
-    def __serve_build_asgi_app__(self) -> Guard: return self.app
+    def __serve_build_asgi_app__(self) -> Guard: return self.guarded
 
     def __del__(self): self.service.close()
 
