@@ -79,7 +79,7 @@ class Service:
         self.config, self.token = config, read_token(config)
         self.metrics = Metrics(get_settings().storage / "serve" / "metrics")
         self.versions = Versions(config, config.alias)
-        self.versions.look()
+        with ThreadPoolExecutor(1, initializer=give_way) as gentle: gentle.submit(self.versions.look).result()
         self.journal = Journal(config) if config.log_dir else None
         self.shadow = Shadow(config, self.metrics) if config.shadow else None
         self.threads = config.threads or os.cpu_count() or 1
