@@ -277,7 +277,7 @@ def monitor(
     model_name: _ModelName = None,
     window: Annotated[int, _option("rows to look at, the last ones, at most", "--window")] = 200,
     since: Annotated[str, _option("begin of the window: a time (UTC) like '2026-05-01 12:00' or a span like '24h' [default: whenever]", "--since")] = "",
-    results_fp: _Results = None,
+    results_fp: Annotated[Optional[Path], _option("JSON file to write the window to, for `trigger` [default: monitor/monitor.json in the results root]", "--results-fp")] = None,
 ) -> None:
     "Compare what a version was asked with what it was made for; exit code 1 on drift or a fall in performance."
     from madewithml.monitor import check_monitor, monitor_model, performance_line, tests_table, window_line
@@ -285,7 +285,7 @@ def monitor(
     typer.echo(window_line(results))
     if results.enough: typer.echo(f"{tests_table(results).to_string()}\n{performance_line(results)}")
     if results.explanation: typer.echo(f"words: {', '.join(results.explanation.words)}")
-    if results_fp: _report(results, results_fp, {"alarm": results.alarm})
+    _report(results, results_fp or get_settings().results / "monitor" / "monitor.json", {"alarm": results.alarm})
     check_monitor(results)
 
 @app.command("get-best-run-id")
