@@ -34,7 +34,7 @@ def read_windows(
     "The windows that the monitor has written. Raises: UserError where a named place does not exist or holds something else."
     path = Path(loc or get_settings().results)
     if loc and not path.exists(): raise UserError(f"--monitor-results: no such file or directory: {loc}.")
-    files = [path] if path.is_file() else sorted(path.rglob("monitor*.json"))
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("monitor*.json") if file.parent.name != ".done")  # where the pipeline marks what it has done
     return [read_results(MonitorResults, file) for file in files]
 
 def tables_of(
