@@ -18,12 +18,16 @@ ROOT = Path(__file__).parents[1]
 FOREIGN = ROOT.parent / "shared" / "data" / "course_dataset.csv"
 
 
+def _environment(variables: dict[str, str]) -> dict[str, str]:
+    """This process's environment for a command of the project, without what points it elsewhere."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))}
+    return environment | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **variables}
+
+
 def run_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> subprocess.CompletedProcess:
     """Runs `madewithml ARGS` in `cwd`, with its storage there."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))}
-    environment |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **variables}
     command = [str(Path(sys.executable).with_name("madewithml")), *args]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(command, cwd=cwd, env=_environment(variables), capture_output=True, text=True, timeout=timeout, check=False)
 
 
 # Most commands spend seconds on importing Ray, MLflow and PyTorch. A server imports them once; each command is a fork of it.
@@ -31,13 +35,12 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([f"madewithml.{name}" for name in ("retrain", "monitor", "serve", "tune", "submit", "cluster", "comment", "cli")])
 
 
-def _command(args: tuple[str, ...], cwd: Path, variables: dict[str, str], output: Path) -> None:
+def _command(args: tuple[str, ...], cwd: Path, environment: dict[str, str], output: Path) -> None:
     """The command itself, in its own process."""
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), number)
-    for name in [name for name in os.environ if name.startswith(("MADEWITHML_", "RAY_ADDRESS"))]:
-        del os.environ[name]
-    os.environ.update({"HF_HUB_OFFLINE": "1"} | variables)
+    os.environ.clear()  # that of the server is as old as the server
+    os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = ["madewithml", *args]
     from madewithml.cli import main
@@ -50,7 +53,7 @@ def _command(args: tuple[str, ...], cwd: Path, variables: dict[str, str], output
 def call_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> subprocess.CompletedProcess:
     """The same in a second instead of eight, for what is not about starting up."""
     with tempfile.TemporaryDirectory() as output:
-        process = FORKS.Process(target=_command, args=(args, cwd, variables, Path(output)))
+        process = FORKS.Process(target=_command, args=(args, cwd, _environment(variables), Path(output)))
         process.start()
         process.join(timeout)
         if process.is_alive():

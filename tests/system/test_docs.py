@@ -385,8 +385,8 @@ def test_search_finds_and_leads_on(tab, address: str, site: Path, where: str) ->
     field = tab.locator("input[type=search]:visible").first
     field.fill("calibration")
     field.press("Enter")
+    tab.locator("#search-results .search-summary", has_text="finished").wait_for()  # results come one by one
     results = tab.locator("#search-results li a")
-    results.first.wait_for()
     assert results.count() >= 3
     links = [results.nth(i).get_attribute("href") for i in range(results.count())]
     chosen = next(i for i, link in enumerate(links) if "06_evaluate" in link)
