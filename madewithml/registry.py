@@ -13,13 +13,13 @@ from pathlib import Path
 import mlflow, numpy as np, pandas as pd
 from mlflow.models import infer_signature
 
-from .aliases import aliases, move_champion, moving, resolve_alias, who_asks
+from .aliases import aliases, move_champion, moving, resolve_alias
 from .compare import gate, measure_candidates, paired_f1_difference
 from .config import CheckFailed, UserError, get_settings, packaged_dir, read_policy
 from .data import read_labeled, table_digest
 from .models import load_classifier, quiet_transformers
 from .results import PromoteResults, RegisterResults
-from .tracking import checkpoint_dir, connect_mlflow
+from .tracking import checkpoint_dir, connect_mlflow, who_asks
 
 # %% ../nbs/08_registry.ipynb #bb5698fc
 def log_classifier(

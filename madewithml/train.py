@@ -145,7 +145,7 @@ def open_run(
         return unfinished[0].info.run_id
     remove_tree(checkpoints)
     tags = {"madewithml.job": job.name, "dataset_loc": job.dataset_loc, **provenance()}
-    return begin_run(experiment, job.name.rsplit("-", 1)[-1], tags, job.params())
+    return begin_run(experiment, f"{Path(job.dataset_loc).stem} {job.name[-6:]}", tags, job.params(), (job.dataset_loc, job.dataset_digest))
 
 def _resumable(checkpoints: str) -> bool:
     "Whether Ray Train can go on from there: its list of checkpoints, if it got that far, was not cut short by a kill."

@@ -249,7 +249,7 @@ def open_search(
     for loc in (durable("tune", name), durable("trials", name)): remove_tree(loc)
     for run in found: client.set_terminated(run.info.run_id, status="KILLED")
     fixed = {key: value for key, value in {"num_runs": num_runs, **job.params()}.items() if key not in space}
-    run_id = begin_run(experiment, name, {"madewithml.search": name, "dataset_loc": job.dataset_loc, **provenance()}, fixed)
+    run_id = begin_run(experiment, name, {"madewithml.search": name, "dataset_loc": job.dataset_loc, **provenance()}, fixed, (job.dataset_loc, job.dataset_digest))
     client.log_dict(run_id, space, "search_space.json")
     return run_id
 
