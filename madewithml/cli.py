@@ -51,7 +51,7 @@ def _report(results, results_fp: Path|None, show: object) -> None:
     typer.echo(json.dumps(show, indent=2, ensure_ascii=False))
 
 # %% ../nbs/13_cli.ipynb #0143b872
-@app.command()
+@app.command(short_help="Run every workload and write the report.")
 def run(
     dataset_loc: Annotated[Optional[str], _option("labelled table to learn from [default: the embedded one]", "--dataset-loc")] = None,
     holdout_loc: Annotated[Optional[str], _option("labelled table to judge on [default: the embedded one; of another table a fifth is held out]", "--holdout-loc")] = None,
@@ -88,7 +88,7 @@ def _show_report(report: Path) -> None:
     typer.echo(f"  {'MLflow':16} {get_settings().mlflow_uri}")
 
 # %% ../nbs/13_cli.ipynb #792e3ae5
-@app.command()
+@app.command(short_help="Check a labelled table against the data expectations.")
 def validate(
     dataset_loc: _Table,
     docs_dir: Annotated[Optional[Path], _option("directory for the Data Docs (HTML)", "--docs-dir")] = None,
@@ -102,7 +102,7 @@ def validate(
     if results_fp: _report(results, results_fp, {"success": results.success})
     check(results)
 
-@app.command()
+@app.command(short_help="Fine-tune the classifier on a labelled table.")
 def train(
     dataset_loc: _Table, experiment_name: _Experiment = None, train_loop_config: _Loop = "{}", num_workers: _Workers = 1, cpu_per_worker: _Cpus = None,
     gpu_per_worker: _Gpus = 0, num_samples: _Samples = None, num_epochs: _Epochs = None, batch_size: _Batch = None, llm: _Llm = None,
@@ -117,7 +117,7 @@ def train(
     _report(results, results_fp, {"run_id": results.run_id, "best_epoch": results.best_epoch} | results.metrics[results.best_epoch - 1].model_dump(include={"val_loss", "val_f1"}))
 
 # %% ../nbs/13_cli.ipynb #61e91f6e
-@app.command()
+@app.command(short_help="Search for better hyperparameters.")
 def tune(
     dataset_loc: _Table, experiment_name: _Experiment = None,
     search_space: Annotated[str, _option("what to search: JSON or YAML such as {\"lr\": {\"loguniform\": [1e-5, 1e-3]}}, or @FILE [default: six hyperparameters]", "--search-space")] = "",
@@ -144,7 +144,7 @@ def tune(
             | {"results": str(results_fp), "best": str(best_fp or results_fp.with_name("best.json"))})
 
 # %% ../nbs/13_cli.ipynb #2f921c57
-@app.command()
+@app.command(short_help="Judge a run's classifier on a table it has not seen.")
 def evaluate(
     run_id: _RunId, dataset_loc: _Table,
     train_loc: Annotated[Optional[str], _option("table that the TF-IDF baseline learns from [default: no baseline]", "--train-loc")] = None,
@@ -188,7 +188,7 @@ def predict(
     _report(results, results_fp, results.model_dump(exclude={"timestamp"}))
 
 # %% ../nbs/13_cli.ipynb #419810d4
-@app.command()
+@app.command(short_help="Make a run's checkpoint the registry's challenger.")
 def register(
     run_id: _RunId,
     model_name: _ModelName = None,
@@ -202,7 +202,7 @@ def register(
     keep_reference_if_possible(run_id, holdout_loc)
     _report(results, results_fp, results.model_dump(exclude={"timestamp"}))
 
-@app.command()
+@app.command(short_help="Make the challenger the champion, if the gate agrees.")
 def promote(
     model_name: _ModelName = None,
     dataset_loc: Annotated[Optional[str], _option("labelled table that neither version has seen [default: the embedded holdout]", "--dataset-loc")] = None,
@@ -255,7 +255,7 @@ def serve(
     from madewithml.serve import serve_forever
     serve_forever(options, host, port, replicas)
 
-@app.command()
+@app.command(short_help="Wait until a service answers with the champion.")
 def deploy(
     url: Annotated[str, _option("of the running service", "--url")] = "http://127.0.0.1:8000",
     alias: Annotated[str, _option("alias whose version it must answer with", "--alias")] = "champion",
@@ -268,7 +268,7 @@ def deploy(
     from madewithml.rollout import await_version
     typer.echo(json.dumps(await_version(url, alias, model_name, timeout, token_file, token_env=token_env)))
 
-@app.command()
+@app.command(short_help="Compare what was asked with what the model learnt from.")
 def monitor(
     log_dir: Annotated[Path, _option("directory of the service's log of predictions", "--log-dir")],
     labels: Annotated[Optional[str], _option("table with delayed labels: the label column, and `text_digest` or the text columns [default: none have come]", "--labels")] = None,
@@ -298,7 +298,7 @@ def get_best_run_id(
     from madewithml.tracking import best_run_id
     typer.echo(best_run_id(experiment_name, metric, mode))
 
-@app.command()
+@app.command(short_help="Write a run's report again, compared with another's.")
 def report(
     run_name: _RunName = "main",
     compare: Annotated[Optional[Path], _option("results directory to compare with", "--compare")] = None,
@@ -307,7 +307,7 @@ def report(
     from madewithml.report import write_report
     _show_report(write_report(get_settings().results / run_name, compare))
 
-@app.command()
+@app.command(short_help="Print a run's results as a pull request comment.")
 def comment(
     run_name: _RunName = "main",
     compare: Annotated[Optional[Path], _option("results directory of main's run, to compare with", "--compare")] = None,
@@ -323,7 +323,7 @@ def comment(
     else: typer.echo(make_comment(read_run(get_settings().results / run_name), read_run(compare) if compare else {}, read_policy(policy)))
 
 # %% ../nbs/13_cli.ipynb #a2ae4a16
-@app.command()
+@app.command(short_help="Decide: nothing, an alert, or a retraining.")
 def trigger(
     policy: Annotated[Optional[Path], _option("YAML file that says when to act, and how [default: those of deploy/trigger.yaml]", "--policy")] = None,
     monitor_results: Annotated[Optional[Path], _option("results file of the monitor, or a directory with some [default: the results root]", "--monitor-results")] = None,
@@ -369,7 +369,7 @@ def workload(
     from madewithml.pipeline import run_alone
     typer.echo(run_alone(name, args or [], run_name, address))
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True}, short_help="Run a workload on a Ray cluster, and fetch the results.")
 def submit(
     workload: Annotated[str, typer.Argument(help="run, or a workload notebook: validate, train, tune, evaluate, predict, register, promote, monitor")],
     args: Annotated[Optional[list[str]], typer.Argument(help="its options, after --; local files that they name travel along")] = None,
@@ -381,10 +381,10 @@ def submit(
     if code := submit_job(workload, args or [], address, run_name): raise typer.Exit(code)
     typer.echo(f"Results: {get_settings().results / run_name}")
 
-cluster = typer.Typer(help="A Ray cluster of several nodes on this machine, for development.", no_args_is_help=True)
+cluster = typer.Typer(help="A Ray cluster of several nodes on this machine.", no_args_is_help=True)
 app.add_typer(cluster, name="cluster")
 
-@cluster.command()
+@cluster.command(short_help="Start a head node and worker nodes.")
 def up(
     workers: Annotated[int, _option("worker nodes", "--workers", min=1)] = 2,
     cpus: Annotated[Optional[int], _option("CPUs that each worker node offers [default: an equal part of the machine's]", "--cpus", min=1)] = None,
