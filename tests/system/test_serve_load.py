@@ -1,6 +1,5 @@
 """The service under load: while its model and its code change, while its processes die, and with far too much to do. Minutes each; `make test-load`."""
 import contextlib
-import io
 import json
 import os
 import re
@@ -78,11 +77,19 @@ def hey(served: Served, connections: int, seconds: int, rate: float | None, fold
     """What `hey`, a client in Go, saw: a row a request with `ms` and `status`; `rate` in requests/s over all connections, None for as fast as they are answered."""
     if not shutil.which("hey"):
         pytest.skip("needs hey (Debian: apt-get install hey)")
-    body = folder / "body.json"
-    body.write_text(json.dumps(ITEMS[0]), encoding="utf-8")
-    command = ["hey", "-z", f"{seconds}s", "-c", str(connections), *(["-q", f"{rate / connections:.4f}"] if rate else []), "-o", "csv", "-m", "POST", "-T", "application/json", "-D", str(body), f"{served.url}/predict/"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    table = pd.read_csv(io.StringIO(said))
+    # A client sends one text, and at a rate all of its connections at the same moment. So there are several, each with a text of its own, and they begin one after the other.
+    clients = max(8, connections // 25)
+    each, running = connections // clients, []
+    for i in range(clients):
+        body, seen = folder / f"body-{i}.json", folder / f"seen-{i}.csv"
+        body.write_text(json.dumps(ITEMS[i * len(ITEMS) // clients]), encoding="utf-8")
+        command = ["hey", "-z", f"{seconds}s", "-c", str(each), *(["-q", f"{rate / connections:.4f}"] if rate else []), "-o", "csv", "-m", "POST", "-T", "application/json", "-D", str(body), f"{served.url}/predict/"]
+        with seen.open("w") as file:
+            running.append((subprocess.Popen(command, stdout=file), seen))
+        time.sleep(connections / rate / clients if rate else 0)
+    for process, _ in running:
+        assert process.wait() == 0
+    table = pd.concat([pd.read_csv(seen) for _, seen in running])
     return pd.DataFrame({"ms": 1000 * table["response-time"], "status": table["status-code"], "at": table["offset"]})
 
 
