@@ -51,7 +51,7 @@ def _report(results, results_fp: Path|None, show: object) -> None:
     typer.echo(json.dumps(show, indent=2, ensure_ascii=False))
 
 # %% ../nbs/13_cli.ipynb #0143b872
-@app.command(short_help="Run every workload and write the report.")
+@app.command()
 def run(
     dataset_loc: Annotated[Optional[str], _option("labelled table to learn from [default: the embedded one]", "--dataset-loc")] = None,
     holdout_loc: Annotated[Optional[str], _option("labelled table to judge on [default: the embedded one; of another table a fifth is held out]", "--holdout-loc")] = None,
@@ -64,7 +64,7 @@ def run(
     num_samples: _Samples = None, num_epochs: _Epochs = None, batch_size: _Batch = None, llm: _Llm = None, precision: _Precision = "auto", seed: _Seed = None,
     max_length: _Length = None,
 ) -> None:
-    "Validate, train, evaluate, predict and register, each as an executed notebook; ends with the report."
+    "Run every workload and write the report. Validate, train, evaluate, predict and register, each as an executed notebook."
     parse_train_config(train_loop_config, num_epochs=num_epochs, batch_size=batch_size)
     embedded, tables = dataset_loc is None, packaged_dir("datasets")
     if "/" in run_name or run_name.startswith("."): raise UserError(f"--run-name {run_name!r} must be a plain name.")
@@ -88,27 +88,27 @@ def _show_report(report: Path) -> None:
     typer.echo(f"  {'MLflow':16} {get_settings().mlflow_uri}")
 
 # %% ../nbs/13_cli.ipynb #792e3ae5
-@app.command(short_help="Check a labelled table against the data expectations.")
+@app.command()
 def validate(
     dataset_loc: _Table,
     docs_dir: Annotated[Optional[Path], _option("directory for the Data Docs (HTML)", "--docs-dir")] = None,
     max_age_days: Annotated[Optional[float], _option("days since the newest row, at most [default: not asked]", "--max-age-days")] = None,
     results_fp: _Results = None,
 ) -> None:
-    "Check a labelled table against the data expectations; exit code 1 where one fails."
+    "Check a labelled table against the data expectations. Exit code 1 where one fails."
     from madewithml.quality import check, expectations_table, validate_dataset
     results = validate_dataset(dataset_loc, docs_dir, max_age_days=max_age_days)
     typer.echo(expectations_table(results.expectations).to_string())
     if results_fp: _report(results, results_fp, {"success": results.success})
     check(results)
 
-@app.command(short_help="Fine-tune the classifier on a labelled table.")
+@app.command()
 def train(
     dataset_loc: _Table, experiment_name: _Experiment = None, train_loop_config: _Loop = "{}", num_workers: _Workers = 1, cpu_per_worker: _Cpus = None,
     gpu_per_worker: _Gpus = 0, num_samples: _Samples = None, num_epochs: _Epochs = None, batch_size: _Batch = None, llm: _Llm = None,
     precision: _Precision = "auto", seed: _Seed = None, max_length: _Length = None, results_fp: _Results = None,
 ) -> None:
-    "Fine-tune the classifier on a labelled table with Ray Train, tracked in MLflow."
+    "Fine-tune the classifier on a labelled table. With Ray Train, tracked in MLflow."
     config = parse_train_config(train_loop_config, num_epochs=num_epochs, batch_size=batch_size)
     from madewithml.data import read_labeled
     read_labeled(dataset_loc)  # a wrong table is told in a second, before torch and Ray are loaded
@@ -117,7 +117,7 @@ def train(
     _report(results, results_fp, {"run_id": results.run_id, "best_epoch": results.best_epoch} | results.metrics[results.best_epoch - 1].model_dump(include={"val_loss", "val_f1"}))
 
 # %% ../nbs/13_cli.ipynb #61e91f6e
-@app.command(short_help="Search for better hyperparameters.")
+@app.command()
 def tune(
     dataset_loc: _Table, experiment_name: _Experiment = None,
     search_space: Annotated[str, _option("what to search: JSON or YAML such as {\"lr\": {\"loguniform\": [1e-5, 1e-3]}}, or @FILE [default: six hyperparameters]", "--search-space")] = "",
@@ -130,7 +130,7 @@ def tune(
     results_fp: _Results = None,
     best_fp: Annotated[Optional[Path], _option("JSON file for the best hyperparameters, for `train --train-loop-config @FILE` [default: best.json beside the results]", "--best-fp")] = None,
 ) -> None:
-    "Search for better hyperparameters with Ray Tune, every trial tracked in MLflow."
+    "Search for better hyperparameters. With Ray Tune, every trial tracked in MLflow."
     config = parse_train_config(train_loop_config, num_epochs=num_epochs, batch_size=batch_size)
     from madewithml.data import read_labeled
     read_labeled(dataset_loc)
@@ -144,7 +144,7 @@ def tune(
             | {"results": str(results_fp), "best": str(best_fp or results_fp.with_name("best.json"))})
 
 # %% ../nbs/13_cli.ipynb #2f921c57
-@app.command(short_help="Judge a run's classifier on a table it has not seen.")
+@app.command()
 def evaluate(
     run_id: _RunId, dataset_loc: _Table,
     train_loc: Annotated[Optional[str], _option("table that the TF-IDF baseline learns from [default: no baseline]", "--train-loc")] = None,
@@ -153,7 +153,7 @@ def evaluate(
     min_behavior: Annotated[float, _option("part of the behaviour tests that must pass, or exit code 1", "--min-behavior", min=0, max=1)] = 0.0,
     results_fp: _Results = None,
 ) -> None:
-    "Judge a run's classifier on a labelled table it has not seen."
+    "Judge a run's classifier on a table it has not seen."
     try: extra = json.loads(slices)
     except ValueError as error: raise UserError(f"--slices is not JSON: {error}.") from None
     if not isinstance(extra, dict): raise UserError("--slices must be a JSON object: name to pandas query.")
@@ -188,21 +188,21 @@ def predict(
     _report(results, results_fp, results.model_dump(exclude={"timestamp"}))
 
 # %% ../nbs/13_cli.ipynb #419810d4
-@app.command(short_help="Make a run's checkpoint the registry's challenger.")
+@app.command()
 def register(
     run_id: _RunId,
     model_name: _ModelName = None,
     holdout_loc: Annotated[Optional[str], _option("labelled table that the run was judged on, for the monitor's reference [default: the embedded one, of another table its validation rows]", "--holdout-loc")] = None,
     results_fp: _Results = None,
 ) -> None:
-    "Put a run's checkpoint into the model registry as the challenger, with the reference that `monitor` compares with."
+    "Make a run's checkpoint the registry's challenger. The reference that `monitor` compares with is kept beside it."
     from madewithml.reference import keep_reference_if_possible
     from madewithml.registry import register_model
     results = register_model(run_id, model_name)
     keep_reference_if_possible(run_id, holdout_loc)
     _report(results, results_fp, results.model_dump(exclude={"timestamp"}))
 
-@app.command(short_help="Make the challenger the champion, if the gate agrees.")
+@app.command()
 def promote(
     model_name: _ModelName = None,
     dataset_loc: Annotated[Optional[str], _option("labelled table that neither version has seen [default: the embedded holdout]", "--dataset-loc")] = None,
@@ -211,7 +211,7 @@ def promote(
     reason: Annotated[str, _option("why it is forced; kept with the decision", "--reason")] = "",
     results_fp: _Results = None,
 ) -> None:
-    "Compare the challenger with the champion and make it the champion; exit code 1 where the policy refuses."
+    "Make the challenger the champion, if the gate agrees. Exit code 1 where the policy refuses."
     from madewithml.compare import gate_table
     from madewithml.registry import check_promotion, promote_model
     results = promote_model(model_name, dataset_loc, policy, force, reason)
@@ -255,7 +255,7 @@ def serve(
     from madewithml.serve import serve_forever
     serve_forever(options, host, port, replicas)
 
-@app.command(short_help="Wait until a service answers with the champion.")
+@app.command()
 def deploy(
     url: Annotated[str, _option("of the running service", "--url")] = "http://127.0.0.1:8000",
     alias: Annotated[str, _option("alias whose version it must answer with", "--alias")] = "champion",
@@ -264,11 +264,11 @@ def deploy(
     token_file: _Token = "",
     token_env: Annotated[str, _option("environment variable with the token, where there is no file", "--token-env")] = "",
 ) -> None:
-    "Wait until a running service answers with the champion; exit code 1 where it does not."
+    "Wait until a service answers with the champion. Exit code 1 where it does not."
     from madewithml.rollout import await_version
     typer.echo(json.dumps(await_version(url, alias, model_name, timeout, token_file, token_env=token_env)))
 
-@app.command(short_help="Compare what was asked with what the model learnt from.")
+@app.command()
 def monitor(
     log_dir: Annotated[Path, _option("directory of the service's log of predictions", "--log-dir")],
     labels: Annotated[Optional[str], _option("table with delayed labels: the label column, and `text_digest` or the text columns [default: none have come]", "--labels")] = None,
@@ -279,7 +279,7 @@ def monitor(
     since: Annotated[str, _option("begin of the window: a time (UTC) like '2026-05-01 12:00' or a span like '24h' [default: whenever]", "--since")] = "",
     results_fp: Annotated[Optional[Path], _option("JSON file to write the window to, for `trigger` [default: monitor/monitor.json in the results root]", "--results-fp")] = None,
 ) -> None:
-    "Compare what a version was asked with what it was made for; exit code 1 on drift or a fall in performance."
+    "Compare what was asked with what the model learnt from. Exit code 1 on drift or a fall in performance."
     from madewithml.monitor import check_monitor, monitor_model, performance_line, tests_table, window_line
     results = monitor_model(log_dir, labels, alias, run_id, model_name, window, since)
     typer.echo(window_line(results))
@@ -298,16 +298,16 @@ def get_best_run_id(
     from madewithml.tracking import best_run_id
     typer.echo(best_run_id(experiment_name, metric, mode))
 
-@app.command(short_help="Write a run's report again, compared with another's.")
+@app.command()
 def report(
     run_name: _RunName = "main",
     compare: Annotated[Optional[Path], _option("results directory to compare with", "--compare")] = None,
 ) -> None:
-    "Write a run's report again, say to compare it with another run."
+    "Write a run's report again, compared with another's."
     from madewithml.report import write_report
     _show_report(write_report(get_settings().results / run_name, compare))
 
-@app.command(short_help="Print a run's results as a pull request comment.")
+@app.command()
 def comment(
     run_name: _RunName = "main",
     compare: Annotated[Optional[Path], _option("results directory of main's run, to compare with", "--compare")] = None,
@@ -315,7 +315,7 @@ def comment(
     event: Annotated[Optional[Path], _option("JSON of a GitHub workflow_run event: comment that run's artefact on its pull request instead of printing", "--event")] = None,
     author: Annotated[str, _option("GitHub login that the token of GITHUB_TOKEN writes as", "--author")] = "github-actions[bot]",
 ) -> None:
-    "Print a run's results as a pull request comment, or keep the comment on a pull request up to date."
+    "Print a run's results as a pull request comment. Or keep the comment on a pull request up to date."
     from madewithml.comment import comment_on_pull, make_comment
     from madewithml.config import read_policy
     from madewithml.report import read_run
@@ -323,7 +323,7 @@ def comment(
     else: typer.echo(make_comment(read_run(get_settings().results / run_name), read_run(compare) if compare else {}, read_policy(policy)))
 
 # %% ../nbs/13_cli.ipynb #a2ae4a16
-@app.command(short_help="Decide: nothing, an alert, or a retraining.")
+@app.command()
 def trigger(
     policy: Annotated[Optional[Path], _option("YAML file that says when to act, and how [default: those of deploy/trigger.yaml]", "--policy")] = None,
     monitor_results: Annotated[Optional[Path], _option("results file of the monitor, or a directory with some [default: the results root]", "--monitor-results")] = None,
@@ -339,7 +339,7 @@ def trigger(
     max_length: _Length = None,
     results_fp: Annotated[Optional[Path], _option("JSON file to write the decision to [default: trigger/trigger.json in the results root]", "--results-fp")] = None,
 ) -> None:
-    "Decide from the monitor's results and new tables whether to retrain, to alert or to do nothing, and do it; exit code 1 where a table or the challenger is refused."
+    "Decide: nothing, an alert, or a retraining. Goes by the monitor's results and new tables, and does what it decides; exit code 1 where a table or the challenger is refused."
     parse_train_config(train_loop_config, num_epochs=num_epochs, batch_size=batch_size)
     wanted = read_trigger_policy(policy)
     read_policy(promotion_policy, "--promotion-policy")  # a wrong one is told now, not after the training
@@ -369,14 +369,14 @@ def workload(
     from madewithml.pipeline import run_alone
     typer.echo(run_alone(name, args or [], run_name, address))
 
-@app.command(context_settings={"ignore_unknown_options": True}, short_help="Run a workload on a Ray cluster, and fetch the results.")
+@app.command(context_settings={"ignore_unknown_options": True})
 def submit(
     workload: Annotated[str, typer.Argument(help="run, or a workload notebook: validate, train, tune, evaluate, predict, register, promote, monitor")],
     args: Annotated[Optional[list[str]], typer.Argument(help="its options, after --; local files that they name travel along")] = None,
     run_name: Annotated[str, _option("directory of the results, there and here", "--run-name")] = "main",
     address: Annotated[Optional[str], _option("URL of the cluster's dashboard [default: RAY_ADDRESS, else the cluster of `cluster up`]", "--address")] = None,
 ) -> None:
-    "Run a workload on a Ray cluster, follow its log, and fetch its results; ends with its exit code."
+    "Run a workload on a Ray cluster, and fetch the results. Follows its log, and ends with its exit code."
     from madewithml.submit import submit as submit_job
     if code := submit_job(workload, args or [], address, run_name): raise typer.Exit(code)
     typer.echo(f"Results: {get_settings().results / run_name}")
@@ -384,13 +384,13 @@ def submit(
 cluster = typer.Typer(help="A Ray cluster of several nodes on this machine.", no_args_is_help=True)
 app.add_typer(cluster, name="cluster")
 
-@cluster.command(short_help="Start a head node and worker nodes.")
+@cluster.command()
 def up(
     workers: Annotated[int, _option("worker nodes", "--workers", min=1)] = 2,
     cpus: Annotated[Optional[int], _option("CPUs that each worker node offers [default: an equal part of the machine's]", "--cpus", min=1)] = None,
     host: Annotated[str, _option("address to bind to; anything but the default lets others reach the ports", "--host")] = "127.0.0.1",
 ) -> None:
-    "Start a head node and worker nodes; clients need Ray's token, which lies in ~/.ray/auth_token."
+    "Start a head node and worker nodes. Clients need Ray's token, which lies in ~/.ray/auth_token."
     from madewithml.cluster import cluster_up
     state = cluster_up(workers, cpus, host)
     typer.echo(f"1 head and {workers} worker node(s) run. Dashboard: {state['dashboard']}\nUse it with `madewithml submit …`, or: export RAY_ADDRESS={state['address']}")

@@ -37,6 +37,10 @@ def connect_mlflow() -> mlflow.MlflowClient:
     return mlflow.MlflowClient()
 
 # %% ../nbs/00_tracking.ipynb #a760eba2
+def _uri(loc: str) -> str:
+    "What MLflow calls a location: a path is one, too."
+    return loc if "://" in loc else Path(loc).absolute().as_uri()
+
 def experiment_id(
     name:str, # MLflow experiment
 ) -> str:
@@ -45,9 +49,8 @@ def experiment_id(
     if found := client.get_experiment_by_name(name):
         if found.lifecycle_stage == "deleted": raise UserError(f"MLflow experiment {name!r} was deleted.", "Restore it or use another --experiment-name.")
         return found.experiment_id
-    settings, location = get_settings(), durable("mlflow", "artifacts", digest(name))
-    if settings.tracking_uri and not settings.shared: location = None  # the server keeps them
-    elif "://" not in location: location = Path(location).absolute().as_uri()
+    settings = get_settings()
+    location = None if settings.tracking_uri and not settings.shared else _uri(durable("mlflow", "artifacts", digest(name)))  # None: the server keeps them
     return client.create_experiment(name, artifact_location=location, tags={"mlflow.experimentKind": "custom_model_development"})  # MLflow's pages for models, not those for chats
 
 # %% ../nbs/00_tracking.ipynb #777d1bc8
@@ -77,14 +80,14 @@ def begin_run(
     params:dict[str, Any], # what it is run with
     table:tuple[str, str]|None=None, # path or URI of the table it learns from, and its digest
 ) -> str:
-    "Id of a new run that has these parameters, and says who began it and what it learns from."
-    client = connect_mlflow()
-    run_id = client.create_run(experiment, run_name=name, tags={"mlflow.user": who_asks()} | tags).info.run_id
+    "Id of a new run that has these parameters, and says who began it; with a table also what it learns from, and with which code."
+    client, tags = connect_mlflow(), {"mlflow.user": who_asks()} | tags
+    if table: tags |= {"dataset_loc": table[0], **provenance()}
+    run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     client.log_batch(run_id, params=[Param(key, str(value)) for key, value in params.items()])
     if table:
         loc, content = table
-        source = json.dumps({"uri": loc if "://" in loc else Path(loc).absolute().as_uri()})
-        client.log_inputs(run_id, [DatasetInput(Dataset(Path(loc).name, content, urlsplit(loc).scheme or "local", source))])
+        client.log_inputs(run_id, [DatasetInput(Dataset(Path(loc).name, content, urlsplit(loc).scheme or "local", json.dumps({"uri": _uri(loc)})))])
     return run_id
 
 def log_best(

@@ -30,7 +30,7 @@ from .optimize import best_epoch
 from .plots import PALETTE, styled
 from .results import EpochMetrics, TrainResults
 from .storage import durable, exists, locate, remove_tree
-from .tracking import CHECKPOINT, begin_run, connect_mlflow, experiment_id, log_best, provenance
+from .tracking import CHECKPOINT, begin_run, connect_mlflow, experiment_id, log_best
 from .worker import CLASSIFIER, first_sound, read_history
 
 # %% ../nbs/04_train.ipynb #1a8866e7
@@ -144,8 +144,7 @@ def open_run(
         client.update_run(unfinished[0].info.run_id, status="RUNNING")
         return unfinished[0].info.run_id
     remove_tree(checkpoints)
-    tags = {"madewithml.job": job.name, "dataset_loc": job.dataset_loc, **provenance()}
-    return begin_run(experiment, f"{Path(job.dataset_loc).stem} {job.name[-6:]}", tags, job.params(), (job.dataset_loc, job.dataset_digest))
+    return begin_run(experiment, f"{Path(job.dataset_loc).stem} {job.name[-6:]}", {"madewithml.job": job.name}, job.params(), (job.dataset_loc, job.dataset_digest))
 
 def _resumable(checkpoints: str) -> bool:
     "Whether Ray Train can go on from there: its list of checkpoints, if it got that far, was not cut short by a kill."

@@ -32,7 +32,7 @@ from .optimize import best_epoch, stopped_early
 from .plots import INK, PALETTE, SHADES, styled
 from .results import EpochMetrics, Trial, TuneResults
 from .storage import damage, durable, locate, remove_tree
-from .tracking import CHECKPOINT, begin_run, connect_mlflow, experiment_id, log_best, provenance
+from .tracking import CHECKPOINT, begin_run, connect_mlflow, experiment_id, log_best
 from .train import log_history, make_job, make_trainer, place, prepare_rows
 from .worker import CLASSIFIER, HISTORY
 
@@ -249,7 +249,7 @@ def open_search(
     for loc in (durable("tune", name), durable("trials", name)): remove_tree(loc)
     for run in found: client.set_terminated(run.info.run_id, status="KILLED")
     fixed = {key: value for key, value in {"num_runs": num_runs, **job.params()}.items() if key not in space}
-    run_id = begin_run(experiment, name, {"madewithml.search": name, "dataset_loc": job.dataset_loc, **provenance()}, fixed, (job.dataset_loc, job.dataset_digest))
+    run_id = begin_run(experiment, name, {"madewithml.search": name}, fixed, (job.dataset_loc, job.dataset_digest))
     client.log_dict(run_id, space, "search_space.json")
     return run_id
 

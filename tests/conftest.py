@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 FOREIGN = ROOT.parent / "shared" / "data" / "course_dataset.csv"
 
 
-def _environment(variables: dict[str, str]) -> dict[str, str]:
+def environment_of(variables: dict[str, str]) -> dict[str, str]:
     """This process's environment for a command of the project, without what points it elsewhere."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))}
     return environment | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **variables}
@@ -27,7 +27,7 @@ def _environment(variables: dict[str, str]) -> dict[str, str]:
 def run_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> subprocess.CompletedProcess:
     """Runs `madewithml ARGS` in `cwd`, with its storage there."""
     command = [str(Path(sys.executable).with_name("madewithml")), *args]
-    return subprocess.run(command, cwd=cwd, env=_environment(variables), capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment_of(variables), capture_output=True, text=True, timeout=timeout, check=False)
 
 
 # Most commands spend seconds on importing Ray, MLflow and PyTorch. A server imports them once; each command is a fork of it.
@@ -53,7 +53,7 @@ def _command(args: tuple[str, ...], cwd: Path, environment: dict[str, str], outp
 def call_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> subprocess.CompletedProcess:
     """The same in a second instead of eight, for what is not about starting up."""
     with tempfile.TemporaryDirectory() as output:
-        process = FORKS.Process(target=_command, args=(args, cwd, _environment(variables), Path(output)))
+        process = FORKS.Process(target=_command, args=(args, cwd, environment_of(variables), Path(output)))
         process.start()
         process.join(timeout)
         if process.is_alive():

@@ -28,7 +28,7 @@ from madewithml.cli import app
 from madewithml.config import Settings, UserError
 from madewithml.pipeline import parse_parameters
 
-from ..conftest import ROOT, Run, running
+from ..conftest import ROOT, Run, environment_of, running
 
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 SAMPLES = [*HOW_TO, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "deploy/README.md", "deploy/kuberay/README.md", "docs/notebooks.md"))]
@@ -214,8 +214,7 @@ def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if slow(page) else []) for page in HOW_TO if page.stem != "index"])
 def test_how_to_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A page's samples, run as a reader would after `make run`: its results and its runs are there, the registry is the page's own."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))}
-    env |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    env = environment_of({"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"})
     if "<!-- storage: own -->" not in page.read_text(encoding="utf-8"):
         trained: Run = request.getfixturevalue("trained")
         shutil.copytree(trained.results, tmp_path / "results" / "main")

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from pyarrow import parquet
 
-from ..conftest import ROOT, Run, running
+from ..conftest import ROOT, Run, environment_of, running
 
 HOLDOUT = ROOT / "datasets" / "holdout.csv"
 ITEM = {"title": "YOLO in the browser", "description": "Finds objects in a webcam's picture, without a server."}
@@ -58,9 +58,8 @@ def serving(run: Run, *options: str, driver: Path | None = None, **variables: st
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))} | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **variables}
     command = [sys.executable, str(driver), str(port)] if driver else [str(Path(sys.executable).with_name("madewithml")), "serve", "--port", str(port), *options]
-    with subprocess.Popen(command, cwd=run.folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+    with subprocess.Popen(command, cwd=run.folder, env=environment_of(variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
         try:
             said = ""
             while "Ctrl-C ends it" not in said:
