@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['UserError', 'CheckFailed', 'Settings', 'get_settings', 'TrainConfig', 'parse_train_config', 'ServeConfig',
            'parse_serve_config', 'read_token', 'PromotionPolicy', 'read_policy', 'TriggerPolicy', 'read_trigger_policy',
-           'packaged_dir', 'workload_notebook', 'atomic_path', 'write_json', 'digest', 'get_logger', 'give_way']
+           'code_dir', 'packaged_dir', 'workload_notebook', 'atomic_path', 'write_json', 'digest', 'get_logger',
+           'give_way']
 
 # %% ../nbs/00_config.ipynb #da962182
 import hashlib, json, logging, os, re, shutil, sys, threading, uuid
@@ -249,14 +250,17 @@ def read_trigger_policy(
     return _read_policy(TriggerPolicy, loc, "--policy")
 
 # %% ../nbs/00_config.ipynb #42ccb0cd
+def code_dir() -> Path:
+    "Directory of the modules; in a checkout, the repository is its parent."
+    return Path(str(resources.files("madewithml")))
+
 def packaged_dir(
     name:Literal["datasets", "workloads"], # which of the directories that travel with the package
 ) -> Path:
     "Directory of the embedded tables or the workload notebooks, in a checkout or an installed package."
-    root = Path(__file__).parents[1] if "__file__" in globals() else Path.cwd().parent
-    checkout = root / {"datasets": "datasets", "workloads": "nbs/workloads"}[name]
-    if (root / "settings.ini").is_file(): return checkout
-    return Path(str(resources.files("madewithml") / name))
+    root = code_dir().parent
+    if (root / "settings.ini").is_file(): return root / {"datasets": "datasets", "workloads": "nbs/workloads"}[name]
+    return code_dir() / name
 
 # %% ../nbs/00_config.ipynb #f99fcf54
 def workload_notebook(

@@ -18,7 +18,7 @@ from .session import environment, ray_session, worker_env
 import nbformat, papermill
 from papermill.exceptions import PapermillExecutionError
 
-from .config import CheckFailed, UserError, atomic_path, digest, get_logger, get_settings, packaged_dir, workload_notebook, write_json
+from .config import CheckFailed, UserError, atomic_path, code_dir, digest, get_logger, get_settings, packaged_dir, workload_notebook, write_json
 from .data import open_location, read_labeled, stratified_split, table_digest
 from .report import write_report
 from .storage import copy_tree, durable, exists
@@ -39,8 +39,7 @@ class Workload:
 
 def package_digest() -> str:
     "Digest of the package's code."
-    root = Path(__file__).parent if "__file__" in globals() else packaged_dir("datasets").parent / "madewithml"
-    return digest([(path.name, digest(path)) for path in sorted(root.glob("*.py"))])
+    return digest([(path.name, digest(path)) for path in sorted(code_dir().glob("*.py"))])
 
 def fingerprint(
     workload:Workload, # what would be run

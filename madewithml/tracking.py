@@ -23,7 +23,7 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 
-from .config import UserError, atomic_path, digest, get_settings
+from .config import UserError, atomic_path, code_dir, digest, get_settings
 from .results import EpochMetrics, Trial
 from .storage import durable
 
@@ -58,7 +58,7 @@ def experiment_id(
 def provenance() -> dict[str, str]:
     "Git commit (with '-dirty' where files are changed) and lock digest of the checkout this package lies in, or of the one a job was sent from, or 'unknown'."
     if commit := os.environ.get("MADEWITHML_GIT_COMMIT"): return {"git_commit": commit, "lock_digest": os.environ.get("MADEWITHML_LOCK_DIGEST", "unknown")}
-    root = Path(__file__).parents[1]
+    root = code_dir().parent
     commit, lock = "unknown", root / "requirements.lock"
     if (root / ".git").exists():
         git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],  # noqa: S607
