@@ -6,10 +6,10 @@
 __all__ = ['decide', 'answers', 'Predictor', 'predict_table', 'predict_with']
 
 # %% ../nbs/07_predict.ipynb #491ddf8a
-import os, tempfile, time
+import os, shutil, subprocess, tempfile, time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,23 @@ class _Actor:
 
 # %% ../nbs/07_predict.ipynb #228f36d1
 @contextmanager
+def _unsaid(text: str) -> Iterator[None]:
+    "Lines with this text do not reach standard error, whatever part of this process writes them."
+    if not (grep := shutil.which("grep")):
+        yield
+        return
+    shown = os.dup(2)
+    with subprocess.Popen([grep, "--line-buffered", "-vF", text], stdin=subprocess.PIPE, stdout=shown, start_new_session=True) as between:  # a process, so that a crash of this one is still heard
+        os.dup2(between.stdin.fileno(), 2)
+        try: yield
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+            between.stdin.close()
+            with suppress(subprocess.TimeoutExpired): between.wait(2)  # what was started in the block and still runs holds the other end
+            between.terminate()
+
+@contextmanager
 def _writer(output: str|Path, schema: pa.Schema) -> Iterator[Any]:
     "A CSV or Parquet writer for `output`, a path or URI; the file appears under its name when it is whole."
     kind = table_format(output)
@@ -125,7 +142,7 @@ def predict_with(
     begin, counts, confidence, rows = time.perf_counter(), Counter(), 0.0, 0
     threshold = get_settings().threshold if threshold is None else threshold
     files = {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
-    with ray_session(), told_plainly(dataset_loc):
+    with ray_session(), _unsaid("ray-project/ray/issues/53727"), told_plainly(dataset_loc):  # of each pool of actors, at its start
         actors = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         dataset = stream_table(dataset_loc).map_batches(_Actor, fn_constructor_args=(ray.put(files), precision, threshold), batch_format="pyarrow",
                                                         batch_size=batch_size, num_cpus=0.9, concurrency=actors)

@@ -51,6 +51,7 @@ class EpochMetrics(BaseModel):
     val_loss: float = Field(description="mean cross-entropy over the validation split, no smoothing")
     val_loss_se: float = Field(ge=0, description="standard error of `val_loss` over the validation rows")
     val_f1: float = Field(ge=0, le=1, description="weighted F1 on the validation split")
+    temperature: float = Field(1.0, gt=0, description="what the logits of the kept classifier are divided by, so that its probabilities fit the validation split")
     lr: float = Field(ge=0, description="learning rate of the last step")
     rows: int = Field(ge=0, description="training rows seen in this epoch, over all workers")
     seconds: float = Field(ge=0, description="wall time of the epoch's training steps")

@@ -31,7 +31,7 @@ from .plots import PALETTE, styled
 from .results import EpochMetrics, TrainResults
 from .storage import durable, exists, locate, remove_tree
 from .tracking import CHECKPOINT, begin_run, connect_mlflow, experiment_id, log_best
-from .worker import CLASSIFIER, first_sound, read_history
+from .worker import calibrated, first_sound, read_history
 
 # %% ../nbs/04_train.ipynb #1a8866e7
 def make_job(
@@ -260,7 +260,7 @@ def _fit(job: TrainJob, run_id: str, train: Tokens, val: Tokens, label2id: dict[
     kept = sorted(result.best_checkpoints, key=lambda pair: (pair[1]["kept"], pair[0].path), reverse=True)
     with first_sound(kept, get_logger().warning) as folder:
         if not folder: raise UserError("No checkpoint of this training is sound.", "Look at the disk, then run the same command again.")
-        connect_mlflow().log_artifacts(run_id, str(folder / CLASSIFIER), CHECKPOINT)
+        with calibrated(folder) as classifier: connect_mlflow().log_artifacts(run_id, str(classifier), CHECKPOINT)
     with result.checkpoint.as_directory() as folder: return read_history(folder)
 
 def _as_user_error(error: TrainingFailedError) -> Exception:

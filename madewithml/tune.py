@@ -34,7 +34,7 @@ from .results import EpochMetrics, Trial, TuneResults
 from .storage import damage, durable, locate, remove_tree
 from .tracking import CHECKPOINT, begin_run, connect_mlflow, experiment_id, log_best
 from .train import log_history, make_job, make_trainer, place, prepare_rows
-from .worker import CLASSIFIER, HISTORY
+from .worker import HISTORY, calibrated
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # a line for each study says nothing that a table does not
 
@@ -281,7 +281,7 @@ def _conclude(name: str, job: TrainJob, parent_id: str, space: dict, points: lis
     for result in _in_order(grid):
         frame, trial_id = result.metrics_dataframe, result.metrics["trial_id"]
         rows = frame.dropna(subset=["epoch"]).drop_duplicates("epoch", keep="last").sort_values("epoch")
-        history = [EpochMetrics(**{field: row[field] for field in EpochMetrics.model_fields}) for row in rows.to_dict("records")]
+        history = [EpochMetrics(**{field: row[field] for field in EpochMetrics.model_fields if field in row}) for row in rows.to_dict("records")]
         config = TrainConfig(**job.config.model_dump() | result.config)
         chosen, status = best_epoch(history), "failed" if result.error else status_of(history, config)
         where = dict(zip(rows["epoch"], rows["checkpoint_path"], strict=True))[chosen.epoch]
@@ -294,7 +294,7 @@ def _conclude(name: str, job: TrainJob, parent_id: str, space: dict, points: lis
     filesystem, _ = locate(durable("trials"))
     with Checkpoint(where, filesystem).as_directory() as folder:
         if wrong := damage(folder): raise UserError(f"The best trial's checkpoint is damaged: {wrong}.")
-        client.log_artifacts(parent_id, str(Path(folder) / CLASSIFIER), CHECKPOINT)
+        with calibrated(folder) as classifier: client.log_artifacts(parent_id, str(classifier), CHECKPOINT)
     best_params = job.config.model_dump() | best.params
     first = next((trial for _, trial in sound if trial.params == points[0]), None)
     results = TuneResults(run_id=parent_id, name=name, experiment_name=job.experiment_name, dataset_loc=job.dataset_loc, dataset_digest=job.dataset_digest,
