@@ -290,13 +290,13 @@ def monitor(
 
 @app.command("get-best-run-id")
 def get_best_run_id(
-    experiment_name: Annotated[str, _option("MLflow experiment", "--experiment-name")],
+    experiment_name: _Experiment = None,
     metric: Annotated[str, _option("metric to compare runs by", "--metric")] = "best_val_loss",
     mode: Annotated[str, _option("min or max: which end is best", "--mode")] = "min",
 ) -> None:
     "Print the id of the experiment's best finished run."
     from madewithml.tracking import best_run_id
-    typer.echo(best_run_id(experiment_name, metric, mode))
+    typer.echo(best_run_id(experiment_name or get_settings().experiment_name, metric, mode))
 
 @app.command()
 def report(

@@ -66,7 +66,7 @@ def _failed(results: EvaluateResults) -> str:
 
 def _mistakes(results: EvaluateResults) -> str:
     "The worst mistakes."
-    wrong = [[mistake.row, mistake.text[:120], mistake.label, mistake.predicted, f"{mistake.confidence:.2f}"] for mistake in results.mistakes[:5]]
+    wrong = [[mistake.row, mistake.text[:120] + "…" * (len(mistake.text) > 120), mistake.label, mistake.predicted, f"{mistake.confidence:.2f}"] for mistake in results.mistakes[:5]]
     return markdown_table(["row", "text", "label", "predicted", "confidence"], wrong)
 
 # %% ../nbs/11_report.ipynb #bbbdde02
