@@ -73,30 +73,31 @@ def family(served: Served, name: str) -> list[psutil.Process]:
     return found
 
 
-def hey(served: Served, connections: int, seconds: int, rate: float | None, folder: Path) -> pd.DataFrame:
-    """What `hey`, a client in Go, saw: a row a request with `ms` and `status`; `rate` in requests/s over all connections, None for as fast as they are answered."""
-    if not shutil.which("hey"):
-        pytest.skip("needs hey (Debian: apt-get install hey)")
-    # A client sends one text, and at a rate all of its connections at the same moment. So there are several, each with a text of its own, and they begin one after the other.
-    clients = max(8, connections // 25)
+def h2load(served: Served, connections: int, seconds: int, rate: float | None, folder: Path) -> pd.DataFrame:
+    """What `h2load`, a client in C that leaves most of the machine to the service, saw: a row a request with `ms` and `status`; `rate` in requests/s over all connections, None for as fast as they are answered."""
+    if not shutil.which("h2load"):
+        pytest.skip("needs h2load (Debian: apt-get install nghttp2-client)")
+    # A client sends one text. So there are several, each with a text of its own, and they begin one after the other.
+    clients = max(8, connections // 100)
     each, running = connections // clients, []
     for i in range(clients):
-        body, seen = folder / f"body-{i}.json", folder / f"seen-{i}.csv"
+        body, seen = folder / f"body-{i}.json", folder / f"seen-{i}.tsv"
         body.write_text(json.dumps(ITEMS[i * len(ITEMS) // clients]), encoding="utf-8")
-        command = ["hey", "-z", f"{seconds}s", "-c", str(each), *(["-q", f"{rate / connections:.4f}"] if rate else []), "-o", "csv", "-m", "POST", "-T", "application/json", "-D", str(body), f"{served.url}/predict/"]
-        with seen.open("w") as file:
-            running.append((subprocess.Popen(command, stdout=file), seen))
+        command = ["h2load", "--h1", "-t", "1", "-D", str(seconds), "-c", str(each), *(["--rps", f"{rate / connections:.4f}"] if rate else []), "--log-file", str(seen), "-d", str(body),
+                   "-H", "content-type: application/json", f"{served.url}/predict/"]
+        seen.unlink(missing_ok=True)  # it is appended to
+        running.append((subprocess.Popen(command, stdout=subprocess.DEVNULL), seen))
         time.sleep(connections / rate / clients if rate else 0)
     for process, _ in running:
         assert process.wait() == 0
-    table = pd.concat([pd.read_csv(seen) for _, seen in running])
-    return pd.DataFrame({"ms": 1000 * table["response-time"], "status": table["status-code"], "at": table["offset"]})
+    table = pd.concat([pd.read_csv(seen, sep="\t", names=["at", "status", "us"]) for _, seen in running])
+    return pd.DataFrame({"ms": table["us"] / 1000, "status": table["status"]})
 
 
 def knee(served: Served, folder: Path) -> float:
     """Requests/s that the service answers when 32 clients ask as fast as they can."""
-    hey(served, 32, 5, None, folder)
-    return len(hey(served, 32, 15, None, folder)) / 15
+    h2load(served, 32, 5, None, folder)
+    return len(h2load(served, 32, 15, None, folder)) / 15
 
 
 def tell(line: str) -> None:
@@ -202,7 +203,7 @@ def test_overload(ready: Run, tmp_path: Path) -> None:
         peak = knee(served, tmp_path)
         replica = family(served, "ServeReplica")[0]
         before = replica.memory_info().rss
-        seen = hey(served, 600, 60, 10 * peak, tmp_path)
+        seen = h2load(served, 600, 60, 10 * peak, tmp_path)
         after = replica.memory_info().rss
         time.sleep(5)
         burst = open_loop(served.url + "/predict/", ITEMS, 5000, 1000)  # who is refused is told when to come back
