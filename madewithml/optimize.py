@@ -119,7 +119,7 @@ def fit_temperature(
     labels:np.ndarray, # their label ids, (rows,)
 ) -> float:
     "The temperature, 0.05 to 20, with the least cross-entropy over these rows and one that belongs to every class alike."
-    scores, truth = torch.from_numpy(logits).double(), torch.from_numpy(labels)
+    scores, truth = torch.tensor(logits, dtype=torch.double), torch.tensor(labels)
     def loss(log_temperature): return cross_entropy(scores / np.exp(log_temperature), truth, label_smoothing=1 / (len(labels) + 1)).item()  # the imagined row's part
     return float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
 
