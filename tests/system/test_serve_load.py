@@ -73,8 +73,8 @@ def family(served: Served, name: str) -> list[psutil.Process]:
     return found
 
 
-def h2load(served: Served, connections: int, seconds: int, rate: float | None, folder: Path) -> pd.DataFrame:
-    """What `h2load`, a client in C that leaves most of the machine to the service, saw: a row a request with `ms` and `status`; `rate` in requests/s over all connections, None for as fast as they are answered."""
+def h2load(served: Served, connections: int, seconds: int, rate: float | None, folder: Path) -> list[Outcome]:
+    """What `h2load`, a client in C that leaves most of the machine to the service, saw of each request; `rate` in requests/s over all connections, None for as fast as they are answered."""
     if not shutil.which("h2load"):
         pytest.skip("needs h2load (Debian: apt-get install nghttp2-client)")
     # A client sends one text. So there are several, each with a text of its own, and they begin one after the other.
@@ -91,19 +91,14 @@ def h2load(served: Served, connections: int, seconds: int, rate: float | None, f
     for process, _ in running:
         assert process.wait() == 0
     table = pd.concat([pd.read_csv(seen, sep="\t", names=["at", "status", "us"]) for _, seen in running])
-    return pd.DataFrame({"ms": table["us"] / 1000, "status": table["status"]})
+    first = table["at"].min()
+    return [Outcome((at - first) / 1e6, us / 1000, status) for at, status, us in table.itertuples(index=False)]
 
 
 def knee(served: Served, folder: Path) -> float:
     """Requests/s that the service answers when 32 clients ask as fast as they can."""
     h2load(served, 32, 5, None, folder)
     return len(h2load(served, 32, 15, None, folder)) / 15
-
-
-def told_in_short(name: str, seen: pd.DataFrame) -> str:
-    """One line: how many, which statuses, how fast."""
-    good = seen[seen["status"] == 200]["ms"]
-    return f"{name}: {len(seen)} requests, {seen['status'].value_counts().to_dict()}, p50 {good.quantile(0.5):.0f} ms, p99 {good.quantile(0.99):.0f} ms"
 
 
 def tell(line: str) -> None:
@@ -215,15 +210,15 @@ def test_overload(ready: Run, tmp_path: Path) -> None:
         burst = open_loop(served.url + "/predict/", ITEMS, 5000, 1000)  # who is refused is told when to come back
         time.sleep(5)
         calm = open_loop(served.url + "/predict/", ITEMS, 0.3 * peak, int(0.3 * peak * 10))
-    good, rest = seen[seen["status"] == 200]["ms"], seen[seen["status"] != 200]
-    tell(f"peak {peak:.0f} requests/s; overload {len(seen) / 60:.0f} requests/s: {len(good) / 60:.0f} a second accepted, p99 {good.quantile(0.99):.0f} ms; {len(rest) / 60:.0f} a second refused, "
-         f"statuses {sorted(set(rest['status']))}, p99 {rest['ms'].quantile(0.99):.0f} ms; memory {100 * (after / before - 1):+.1f} %; {summary('after', calm)}")
+    good, rest = ([outcome for outcome in seen if (outcome.status == 200) == well] for well in (True, False))
+    tell(f"peak {peak:.0f} requests/s; overload {len(seen) / 60:.0f} requests/s: {len(good) / 60:.0f} a second accepted, p99 {percentile(good, 0.99):.0f} ms; {len(rest) / 60:.0f} a second refused, "
+         f"statuses {sorted({outcome.status for outcome in rest})}, p99 {percentile(rest, 0.99):.0f} ms; memory {100 * (after / before - 1):+.1f} %; {summary('after', calm)}")
     refused = [outcome for outcome in burst if outcome.status != 200]
     assert refused and all(outcome.status == 503 and outcome.headers.get("Retry-After") == "1" for outcome in refused)
     assert len(seen) / 60 > 5 * peak
-    assert set(rest["status"]) <= {503, 429}
-    assert len(good) / 60 >= 0.8 * peak and good.quantile(0.99) < 1000
-    assert rest["ms"].quantile(0.99) < 50
+    assert {outcome.status for outcome in rest} <= {503, 429}
+    assert len(good) / 60 >= 0.8 * peak and percentile(good, 0.99) < 1000
+    assert percentile(rest, 0.99) < 50
     assert after < 1.1 * before
     assert {outcome.status for outcome in calm} == {200} and percentile(calm, 0.99) < 500
 
@@ -239,8 +234,8 @@ def test_soak(ready: Run, tmp_path: Path) -> None:
         seen = h2load(served, 200, 600, 0.5 * peak, tmp_path)
         time.sleep(5)
         after = replica.memory_info().rss, replica.num_fds()
-    tell(f"peak {peak:.0f} requests/s; {told_in_short('ten minutes at half of it', seen)}; memory {before[0] / 1e6:.0f} to {after[0] / 1e6:.0f} MB, descriptors {before[1]} to {after[1]}")
-    assert set(seen["status"]) == {200}
+    tell(f"peak {peak:.0f} requests/s; {summary('ten minutes at half of it', seen)}; memory {before[0] / 1e6:.0f} to {after[0] / 1e6:.0f} MB, descriptors {before[1]} to {after[1]}")
+    assert {outcome.status for outcome in seen} == {200}
     assert after[0] < 1.02 * before[0]
     assert after[1] <= before[1] + 5
 
@@ -250,8 +245,8 @@ def test_ten_minutes_near_the_knee(ready: Run, tmp_path: Path) -> None:
     with serving(ready) as served:
         peak = knee(served, tmp_path)
         seen = h2load(served, 400, 600, 0.8 * peak, tmp_path)
-    tell(f"peak {peak:.0f} requests/s; {told_in_short('ten minutes at 80 % of it', seen)}")
-    assert set(seen["status"]) == {200}
+    tell(f"peak {peak:.0f} requests/s; {summary('ten minutes at 80 % of it', seen)}")
+    assert {outcome.status for outcome in seen} == {200}
     assert len(seen) > 0.95 * 0.8 * peak * 600  # as many as were to be sent
 
 
