@@ -239,7 +239,7 @@ def serve(
     model_name: _ModelName = None,
     replicas: Annotated[int, _option("processes that answer", "--replicas", min=1)] = 1,
     precision: _Precision = "auto",
-    runtime: Annotated[str, _option("auto, packed or torch: how the forward pass is computed", "--runtime")] = "auto",
+    runtime: Annotated[str, _option("auto, openvino or torch: what computes the forward pass", "--runtime")] = "auto",
     shadow: Annotated[bool, _option("let the challenger answer a copy of the traffic, and log where it differs", "--shadow")] = False,
     token_file: _Token = "",
     data_root: Annotated[Optional[list[Path]], _option("directory whose tables /evaluate/ may read; may be given several times [default: the embedded tables]", "--data-root")] = None,

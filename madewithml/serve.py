@@ -9,7 +9,6 @@ __all__ = ['EXAMPLES', 'Versions', 'Service', 'Shadow', 'read_allowed', 'Answer'
 # %% ../nbs/09_serve.ipynb #08e5f258
 import asyncio, base64, contextlib, hashlib, importlib.util, io, os, shutil, signal, sys, threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +24,6 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve
 from ray.serve.exceptions import RayServeException
-from threadpoolctl import ThreadpoolController
 
 from .aliases import resolve_alias
 from .config import ServeConfig, UserError, get_logger, get_settings, give_way, packaged_dir, read_token
@@ -46,8 +44,9 @@ class Versions:
     def __init__(self,
         config:ServeConfig, # what to serve
         alias:str, # alias to follow
+        niceness:int=10, # of the threads that load and compute
     ):
-        self.config, self.alias, self.engine, self.refused = config, alias, None, None
+        self.config, self.alias, self.niceness, self.engine, self.refused = config, alias, niceness, None, None
 
     def look(self) -> None:
         "Moves to the version that the alias points at now, if it is another one. Raises: UserError where there is none, or where it is not sound."
@@ -57,7 +56,9 @@ class Versions:
             self.refused = None
             return
         if self.refused and self.refused["version"] == version: return
-        try: self.engine = Engine(checkpoint_dir(run_id), self.config.precision, self.config.runtime, version, run_id)
+        try:
+            with ThreadPoolExecutor(1, initializer=give_way, initargs=(self.niceness,)) as gentle:
+                self.engine = gentle.submit(Engine, checkpoint_dir(run_id), self.config.precision, self.config.runtime, version, run_id, self.config.threads).result()
         except UserError as error:
             self.refused = {"version": version, "reason": str(error)}
             raise
@@ -79,14 +80,11 @@ class Service:
         self.config, self.token = config, read_token(config)
         self.metrics = Metrics(get_settings().storage / "serve" / "metrics")
         self.versions = Versions(config, config.alias)
-        with ThreadPoolExecutor(1, initializer=give_way) as gentle: gentle.submit(self.versions.look).result()
+        self.versions.look()
         self.journal = Journal(config) if config.log_dir else None
         self.shadow = Shadow(config, self.metrics) if config.shadow else None
-        self.threads = config.threads or os.cpu_count() or 1
-        self.passes = min(self.threads, 4) if self.versions.engine.exact.device.type == "cpu" else 1
-        self.pools = [ThreadPoolExecutor(1, f"forward-{i}", initializer=give_way, initargs=(10,)) for i in range(self.passes)]
-        self.openmp, self.idle = ThreadpoolController().select(user_api="openmp"), asyncio.PriorityQueue()
-        for number in range(self.passes): self.idle.put_nowait(number)
+        self.passes = self.versions.engine.passes
+        self.pool = ThreadPoolExecutor(self.passes, "forward", initializer=self._prepare_thread)
         self.waiting, self._batches, self._batch_ended, self._stop = 0, 0, asyncio.Event(), threading.Event()
         self.gather = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=0, max_concurrent_batches=self.passes + 1)(self._batch) if _in_replica() else self._alone
         if config.watch_s and not config.run_id: threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -98,11 +96,16 @@ class Service:
             self.versions.look_again()
             if self.shadow: self.shadow.versions.look_again()
 
+    def _prepare_thread(self) -> None:
+        "Of a forward pass: after the thread that reads requests, and with its share of the processors where PyTorch computes."
+        give_way(10)
+        torch.set_num_threads(max(1, self.versions.engine.threads // self.passes))
+
     def close(self) -> None:
         "Stops the threads and writes what is left."
         self._stop.set()
         if self.journal: self.journal.close()
-        for pool in self.pools: pool.shutdown(cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
 
     async def predict(self,
         texts:list[str], # joined texts, see `data.join_text`
@@ -132,20 +135,11 @@ class Service:
         "Probabilities of each text; one forward pass for all that the same engine encoded."
         self._batches += 1
         self.metrics.batch_size.observe(len(asked))
-        try: return await self._compute(_forward, asked)
+        try: return await asyncio.get_running_loop().run_in_executor(self.pool, _forward, asked)
         finally:
             self._batches -= 1
             self._batch_ended.set()
             self._batch_ended.clear()
-
-    async def _compute(self, function: Callable, *arguments: Any) -> Any:
-        "Calls the function in an idle thread with its share of the processors."
-        number = await self.idle.get()
-        share = max(1, self.threads // (max(1, self._batches) if number == 0 else self.passes))
-        def call() -> Any:
-            with self.openmp.limit(limits=share): return function(*arguments)
-        try: return await asyncio.get_running_loop().run_in_executor(self.pools[number], call)
-        finally: self.idle.put_nowait(number)
 
     def _write_down(self, engine: Engine, texts: list[str], ids: list[list[int]], found: list[dict], probabilities: np.ndarray) -> None:
         "Counts and logs the answers, and hands them to the shadow."
@@ -165,7 +159,7 @@ class Service:
         texts, parts = row_texts(rows), []
         for begin in range(0, len(texts), self.config.max_batch_size):  # in parts, so that predictions get their turn
             ids = [engine.encode(text) for text in texts[begin:begin + self.config.max_batch_size]]
-            parts.append(await self._compute(engine.proba, ids))
+            parts.append(await asyncio.get_running_loop().run_in_executor(self.pool, engine.proba, ids))
         judged = await asyncio.to_thread(evaluate_predictions, rows, np.concatenate(parts), engine.labels)
         return {"results": {"timestamp": Results().timestamp, "run_id": engine.run_id, "overall": judged["overall"].model_dump(),
                             "per_class": {label: scores.model_dump() for label, scores in judged["per_class"].items()},
@@ -199,7 +193,7 @@ class Shadow:
     "The challenger, answering what the champion has answered."
 
     def __init__(self, config:ServeConfig, metrics:Metrics):
-        self.versions, self.metrics, self.waiting, self._something = Versions(config.model_copy(update={"run_id": ""}), "challenger"), metrics, deque(maxlen=256), threading.Event()
+        self.versions, self.metrics, self.waiting, self._something = Versions(config.model_copy(update={"run_id": "", "threads": 1}), "challenger", 19), metrics, deque(maxlen=256), threading.Event()
         self.versions.look_again()
         threading.Thread(target=self._answer, name="shadow", daemon=True).start()
 
@@ -422,7 +416,7 @@ def make_app(
 def _start(config: ServeConfig) -> tuple[Service, Guard]:
     "What a replica needs, in its process."
     torch.set_num_threads(1)  # of the threads that load and watch
-    sys.setswitchinterval(0.0005)  # a forward pass, which lets go of Python at each layer, gets it back sooner than in the usual 5 ms
+    sys.setswitchinterval(0.0005)  # who has a forward pass to begin gets his turn sooner than in the usual 5 ms
     made = Service(config)
     return made, make_app(made)
 
@@ -448,7 +442,6 @@ def build(
 
 # %% ../nbs/09_serve.ipynb #bf5d585c
 _RAY = {"RAY_worker_niceness": "0",  # Ray's workers give way to everything else, which is right for training
-        "GOMP_SPINCOUNT": "3000",  # threads of a forward pass look for work for some microseconds before they sleep: waking them up for each layer took as long as the layer
         "RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "65536", "DASHBOARD_METRIC_PORT": "65536",  # otherwise Ray shows its figures to everybody; there is no such port, so it goes without
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3"}  # HAProxy, on the same machine, knows within one
 
@@ -462,7 +455,7 @@ def service(
     "A service for the length of the block; yields its URL. Raises: UserError where there is nothing to serve or the port is taken."
     config = config or ServeConfig()
     config = config.model_copy(update={"threads": config.threads or max(1, (os.cpu_count() or 1) // replicas)})  # replicas that take each other's processors wait for each other
-    Versions(config, config.alias).look()  # what is wrong is told here in a second, and not by a replica in a minute
+    Versions(config.model_copy(update={"runtime": "torch"}), config.alias).look()  # what is wrong is told here in a second, and not by a replica in a minute
     read_token(config)
     shutil.rmtree(get_settings().storage / "serve" / "metrics", ignore_errors=True)
     with contextlib.closing(Proxy(config, host, port)) as front, environment(_RAY | front.env()), ray_session("local"):
