@@ -22,6 +22,8 @@ def make_venv(folder: Path) -> Path:
     """An empty virtual environment; returns its Python."""
     if sys.version_info < (3, 11):
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}. Name another with `make PYTHON=python3.12 …`.")
+    if folder.is_symlink():
+        folder.unlink()  # clearing it would empty what it points at
     venv.create(folder, with_pip=True, clear=True)
     return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
 

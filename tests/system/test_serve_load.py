@@ -229,10 +229,10 @@ def test_soak(ready: Run, tmp_path: Path) -> None:
         peak = knee(served, tmp_path)
         replica = family(served, "ServeReplica")[0]
         h2load(served, 200, 60, 0.5 * peak, tmp_path)  # caches fill
-        time.sleep(5)
+        time.sleep(40)  # HAProxy keeps its connections to the replica for half a minute
         before = replica.memory_info().rss, replica.num_fds()
         seen = h2load(served, 200, 600, 0.5 * peak, tmp_path)
-        time.sleep(5)
+        time.sleep(40)
         after = replica.memory_info().rss, replica.num_fds()
     tell(f"peak {peak:.0f} requests/s; {summary('ten minutes at half of it', seen)}; memory {before[0] / 1e6:.0f} to {after[0] / 1e6:.0f} MB, descriptors {before[1]} to {after[1]}")
     assert {outcome.status for outcome in seen} == {200}
