@@ -126,13 +126,13 @@ def test_generated_requests(ready: Run, tmp_path: Path) -> None:
     calls = re.search(r"Test cases:\s*\n\s*([\d,]+) generated", done.stdout)
     tell(f"schemathesis: {calls[1] if calls else '?'} calls, {'no failure' if done.returncode == 0 else 'FAILED'}")
     assert done.returncode == 0, done.stdout[-5000:]
-    assert int(calls[1].replace(",", "")) >= 10_000
+    assert int(calls[1].replace(",", "")) >= 10_000, done.stdout[-3000:]
 
 
 def test_fifty_champion_changes(ready: Run) -> None:
     """The alias moves fifty times at 100 requests/s: every answer is a 200 and names one of the two versions."""
     with serving(ready, "--config", '{"watch_s": 0.5}') as served:
-        outcomes = open_loop(served.url + "/predict/", ITEMS, 100, 100 * 160, {200: lambda: registry(ready, "toggle", "50", "3")})
+        outcomes = open_loop(served.url + "/predict/", ITEMS, 100, 100 * 320, {200: lambda: registry(ready, "toggle", "50", "6")})  # loading takes some seconds beside the answers
     line = summary("50 champion changes at 100 requests/s", outcomes)
     changes = sum(a != b for a, b in zip(*[[json.loads(o.body)["version"] for o in outcomes if o.status == 200][i:] for i in (0, 1)], strict=False))
     tell(f"{line}; the answers' version changed {changes} times")
