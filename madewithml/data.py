@@ -6,11 +6,11 @@
 __all__ = ['STOPWORDS', 'open_location', 'table_format', 'table_digest', 'csv_options', 'read_table', 'read_labeled',
            'stream_table', 'told_plainly', 'clean_text', 'join_text', 'row_texts', 'text_key', 'stratified_split',
            'stratified_sample', 'label_ids', 'Tokens', 'tokenize', 'length_grouped_batches', 'worker_batches',
-           'pad_batch']
+           'pad_rows', 'pad_batch']
 
 # %% ../nbs/01_data.ipynb #6cf46005
 import re, unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,16 +317,21 @@ def worker_batches(
     for batch in batches: yield batch[rank::world_size], len(batch)
 
 # %% ../nbs/01_data.ipynb #66f4ae37
+def pad_rows(
+    rows:Sequence[Sequence[int]], # token ids of each text
+    pad_id:int, # token id that fills up
+    width:int, # tokens of the longest, or more
+) -> tuple[np.ndarray, np.ndarray]:
+    "Token ids and attention mask, each (texts, width) int64."
+    ids, mask = np.full((len(rows), width), pad_id, dtype=np.int64), np.zeros((len(rows), width), dtype=np.int64)
+    for i, row in enumerate(rows): ids[i, :len(row)], mask[i, :len(row)] = row, 1
+    return ids, mask
+
 def pad_batch(
     tokens:Tokens, # tokenised rows
     batch:np.ndarray, # row numbers
     pad_id:int, # token id that fills up
 ) -> dict[str, np.ndarray]:
     "`input_ids` and `attention_mask`, each (rows, tokens of the longest) int64."
-    length = int(tokens.lengths[batch].max())
-    ids = np.full((len(batch), length), pad_id, dtype=np.int64)
-    mask = np.zeros((len(batch), length), dtype=np.int64)
-    for i, row in enumerate(batch):
-        values = tokens.row(row)
-        ids[i, :len(values)], mask[i, :len(values)] = values, 1
+    ids, mask = pad_rows([tokens.row(i) for i in batch], pad_id, int(tokens.lengths[batch].max()))
     return {"input_ids": ids, "attention_mask": mask}

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from .config import UserError, get_logger
+from .data import pad_rows
 from .models import label_names, load_classifier, max_tokens, pick_precision, settle_close_calls, softmax
 from .storage import damage
 
@@ -139,14 +140,12 @@ class Engine:
     def _pad(self, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         "Token ids and attention mask of a batch whose last text is the longest."
         width = max(len(ids[-1]), min(-(-len(ids[-1]) // _WIDTH) * _WIDTH, self.longest))
-        tokens, mask = np.full((len(ids), width), self.pad_id, dtype=np.int64), np.zeros((len(ids), width), dtype=np.int64)
-        for i, row in enumerate(ids): tokens[i, :len(row)], mask[i, :len(row)] = row, 1
-        return tokens, mask
+        return pad_rows(ids, self.pad_id, width)
 
     def _warm_up(self) -> None:
         "Answers a text of every width, so that no user waits for what a first call prepares. Raises: UserError for a model whose answers are no probabilities."
-        texts = [[self.unknown_id] * width for width in range(_WIDTH, min(self.longest, 256) + 1, _WIDTH) for _ in range(self.passes)]
+        texts = [[self.unknown_id] * width for width in range(_WIDTH, min(self.longest, 256) + 1, _WIDTH)]
         with ThreadPoolExecutor(self.passes) as pool:
-            for forward in {self.forward, self.exact}:
-                for found in pool.map(lambda text, forward=forward: self._proba(forward, [text]), texts):
+            for forward, times in {self.exact: 1, self.forward: self.passes}.items():  # what computes passes side by side prepares for each of them
+                for found in pool.map(lambda text, forward=forward: self._proba(forward, [text]), [text for text in texts for _ in range(times)]):
                     if not np.isfinite(found).all(): raise UserError("The classifier's answers are no probabilities: its weights are not numbers.")
