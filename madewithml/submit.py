@@ -14,7 +14,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from .cluster import cluster_of
-from .config import CheckFailed, UserError, digest, get_logger, get_settings, packaged_dir, workload_notebook
+from .config import CheckFailed, UserError, checkout, digest, get_logger, get_settings, workload_notebook
 from .storage import copy_tree, exists
 from .tracking import provenance
 
@@ -24,8 +24,7 @@ def stage(
     args:list[str], # of the workload
 ) -> list[str]:
     "Puts the checkout and the local files among the arguments into the directory; returns the arguments as the job shall see them."
-    root = packaged_dir("datasets").parent
-    if (root / "settings.ini").is_file():
+    if root := checkout():
         for name in ("madewithml", "nbs/workloads", "datasets"):
             shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         shutil.copy(root / "settings.ini", folder)
