@@ -1,7 +1,6 @@
 """Makes the virtual environment from `requirements.lock`, or renews the lock. Needs nothing but Python."""
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -56,17 +55,19 @@ def install(folder: Path, backend: str) -> None:
 
 
 def lock() -> None:
-    """Resolves settings.ini anew in an empty environment and pins what it got."""
+    """Resolves settings.ini anew and pins what the oldest Python that it names can install."""
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
-    wanted = config["DEFAULT"]["requirements"].split() + config["DEFAULT"]["dev_requirements"].split()
+    settings = config["DEFAULT"]
+    wanted = ["setuptools>=77", "wheel", *settings["requirements"].split(), *settings["dev_requirements"].split()]
     with tempfile.TemporaryDirectory() as folder:
         python = make_venv(Path(folder) / "venv")
         pip(python, "install", "-qq", "--upgrade", "pip")
-        pip(python, "install", "-qq", "setuptools>=77", "wheel", *wanted)
-        pip(python, "check")
-        frozen = subprocess.run([str(python), "-m", "pip", "freeze", "--all"], capture_output=True, text=True, check=True).stdout
-    pins = sorted({re.sub(r"\+[\w.]+$", "", line) for line in frozen.splitlines() if "==" in line}, key=str.lower)
+        plan = subprocess.run([str(python), "-m", "pip", "install", "-qq", "--dry-run", "--ignore-installed", "--report", "-",
+                               "--python-version", settings["min_python"], "--only-binary", ":all:", "--target", folder, *wanted],
+                              stdout=subprocess.PIPE, text=True, check=True)
+    found = [package["metadata"] for package in json.loads(plan.stdout)["install"]]
+    pins = sorted((f"{package['name']}=={package['version'].partition('+')[0]}" for package in found), key=str.lower)
     header = "# Every package of the environment, pinned. Written by `make lock` from settings.ini; never edited by hand.\n"
     LOCK.write_text(header + "\n".join(pins) + "\n", encoding="utf-8")
     print(f"{LOCK.name}: {len(pins)} packages")
