@@ -16,6 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOREIGN = ROOT.parent / "shared" / "data" / "course_dataset.csv"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background; what is started here would inherit it and never end by Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def environment_of(variables: dict[str, str]) -> dict[str, str]:
