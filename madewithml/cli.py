@@ -85,7 +85,8 @@ def _show_report(report: Path) -> None:
     typer.echo("Where things lie:")
     for name in ("report.md", "train.ipynb", "evaluate.json", "predictions.csv", "data_docs"):
         if (path := report.parent / name).exists(): typer.echo(f"  {name:16} {path}")
-    typer.echo(f"  {'MLflow':16} {get_settings().mlflow_uri}")
+    uri = get_settings().mlflow_uri
+    typer.echo(f"  {'MLflow':16} " + (uri if uri.startswith("http") else f"{Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {uri}"))
 
 # %% ../nbs/13_cli.ipynb #792e3ae5
 @app.command()

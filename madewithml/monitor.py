@@ -40,7 +40,7 @@ def read_log(
         with suppress(FileNotFoundError):  # removed meanwhile
             try: parts.append(parquet.read_table(file, columns=_COLUMNS).cast(pa.schema([SCHEMA.field(name) for name in _COLUMNS])))
             except (pa.ArrowException, ValueError, KeyError): raise UserError(f"--log-dir: {file}: is no file of a log of predictions.") from None
-    if not parts: raise UserError(f"--log-dir: {folder}: holds no log of predictions.", "A service writes one when it has answered, with `madewithml serve --log-dir`.")
+    if not parts: raise UserError(f"--log-dir: {folder}: holds no log of predictions.", "`madewithml serve --log-dir` writes one, within a minute of the first answer.")
     return pa.concat_tables(parts).to_pandas().sort_values("timestamp", kind="stable", ignore_index=True)
 
 def begin_of(
