@@ -235,24 +235,24 @@ _Token = Annotated[str, _option("file with the token that requests must bear [de
 def serve(
     host: Annotated[str, _option("address to listen on; anything but the default lets others reach the port", "--host")] = "127.0.0.1",
     port: Annotated[int, _option("port to listen on", "--port", min=1, max=65535)] = 8000,
-    alias: Annotated[str, _option("alias whose version is served, and followed when it moves", "--alias")] = "champion",
-    run_id: Annotated[str, _option("MLflow run to serve instead of an alias", "--run-id")] = "",
+    alias: Annotated[Optional[str], _option("alias whose version is served, and followed when it moves [default: champion]", "--alias")] = None,
+    run_id: Annotated[Optional[str], _option("MLflow run to serve instead of an alias", "--run-id")] = None,
     model_name: _ModelName = None,
     replicas: Annotated[int, _option("processes that answer", "--replicas", min=1)] = 1,
-    precision: _Precision = "auto",
-    runtime: Annotated[str, _option("auto, openvino or torch: what computes the forward pass", "--runtime")] = "auto",
+    precision: Annotated[Optional[str], _option("auto, bf16 or fp32 [default: auto]", "--precision")] = None,
+    runtime: Annotated[Optional[str], _option("auto, openvino or torch: what computes the forward pass [default: auto]", "--runtime")] = None,
     shadow: Annotated[bool, _option("let the challenger answer a copy of the traffic, and log where it differs", "--shadow")] = False,
     token_file: _Token = "",
     data_root: Annotated[Optional[list[Path]], _option("directory whose tables /evaluate/ may read; may be given several times [default: the embedded tables]", "--data-root")] = None,
     log_dir: Annotated[Optional[Path], _option("directory for the log of predictions [default: no log]", "--log-dir")] = None,
-    log_sample: Annotated[float, _option("part of the predictions that is logged", "--log-sample", min=0, max=1)] = 1.0,
-    log_text: Annotated[str, _option("hash or keep: what the log holds of a text", "--log-text")] = "hash",
-    config: Annotated[str, _option("further options of the service as JSON, or @FILE", "--config")] = "{}",
+    log_sample: Annotated[Optional[float], _option("part of the predictions that is logged [default: 1.0]", "--log-sample", min=0, max=1)] = None,
+    log_text: Annotated[Optional[str], _option("hash or keep: what the log holds of a text [default: hash]", "--log-text")] = None,
+    config: Annotated[str, _option("these and further options of the service as JSON, or @FILE; an option given beside it wins", "--config")] = "{}",
 ) -> None:
     "Serve the champion over HTTP until Ctrl-C."
-    options = {"alias": alias, "run_id": run_id, "model_name": model_name or "", "precision": precision, "runtime": runtime, "shadow": shadow, "token_file": token_file and str(Path(token_file).absolute()),
-               "data_roots": [str(root.absolute()) for root in data_root or []], "log_dir": str(log_dir.absolute()) if log_dir else "", "log_sample": log_sample, "log_text": log_text}
-    options = parse_serve_config(config, **options)
+    given = {"alias": alias, "run_id": run_id, "model_name": model_name, "precision": precision, "runtime": runtime, "shadow": shadow or None, "token_file": str(Path(token_file).absolute()) if token_file else None,
+             "data_roots": [str(root.absolute()) for root in data_root] if data_root else None, "log_dir": str(log_dir.absolute()) if log_dir else None, "log_sample": log_sample, "log_text": log_text}
+    options = parse_serve_config(config, **given)
     from madewithml.serve import serve_forever
     serve_forever(options, host, port, replicas)
 

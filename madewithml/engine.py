@@ -32,6 +32,7 @@ def trace_graph(
     tokens = torch.full((2, 8), model.config.pad_token_id or 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of shapes that become constants: `Engine` compares the answers
+        warnings.simplefilter("ignore", DeprecationWarning)  # of `torch.jit.trace`, with which OpenVINO traces a model that it is given
         traced = torch.jit.trace(lambda tokens, mask: model(input_ids=tokens, attention_mask=mask).logits, (tokens, torch.ones_like(tokens)), check_trace=False)
     return openvino.convert_model(traced)
 

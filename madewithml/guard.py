@@ -133,20 +133,22 @@ class Guard:
 
     async def _body(self, headers: dict[bytes, bytes], receive) -> bytes:
         "The whole body. Raises: Refused where it is too large or too slow."
-        limit, parts, size = self.config.max_body_bytes, [], 0
-        too_large = Refused(413, f"The body is larger than {limit} bytes.", connection="close")
-        declared = headers.get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > limit: raise too_large
+        declared, limit, parts, size, more = headers.get(b"content-length", b"0"), self.config.max_body_bytes, [], 0, True
+        too_large = not declared.isdigit() or int(declared) > limit
         try:
             async with asyncio.timeout(self.config.body_timeout_s):
-                while True:
+                while more:
                     message = await receive()
                     if message["type"] == "http.disconnect": raise Refused(499, "The client went away.")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > limit: raise too_large
-                    if not message.get("more_body"): return b"".join(parts)
-        except TimeoutError: raise Refused(408, f"The body did not arrive within {self.config.body_timeout_s:g} seconds.", connection="close") from None
+                    part, more = message.get("body", b""), message.get("more_body")
+                    size += len(part)
+                    too_large = too_large or size > limit
+                    if too_large: parts.clear()
+                    else: parts.append(part)
+        except TimeoutError:
+            if not too_large: raise Refused(408, f"The body did not arrive within {self.config.body_timeout_s:g} seconds.", connection="close") from None
+        if too_large: raise Refused(413, f"The body is larger than {limit} bytes.", connection="close")
+        return b"".join(parts)
 
 def _replay(body: bytes, receive):
     "A `receive` that hands out a body that was read already."

@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from madewithml.results import RESULTS
 from tests.conftest import ROOT, call_cli, run_cli
@@ -125,3 +126,18 @@ def test_best_run_and_evaluate_agree(trained) -> None:
 def test_unknown_run(trained) -> None:
     done = trained.cli("predict", "--run-id", "0" * 32, "--title", "x")
     assert done.returncode == 2 and "No MLflow run" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_serve_takes_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--config` says of the service holds, a token above all, unless an option beside it says otherwise."""
+    from madewithml import serve
+    from madewithml.cli import app
+    seen, command = [], ["serve", "--config"]
+    monkeypatch.setattr(serve, "serve_forever", lambda config, *_: seen.append(config.model_dump(mode="json")))
+    config = {"alias": "challenger", "run_id": "abc", "model_name": "other", "precision": "fp32", "runtime": "torch", "shadow": True, "token_file": "token", "data_roots": ["tables"], "log_dir": "log",
+              "log_sample": 0.5, "log_text": "keep"}
+    options = ["--alias", "previous", "--token-file", "/other/token", "--log-text", "hash"]
+    for more in ([], options):
+        assert CliRunner().invoke(app, [*command, json.dumps(config), *more]).exit_code == 0
+    assert {name: seen[0][name] for name in config} == config
+    assert {name: seen[1][name] for name in config} == config | {"alias": "previous", "token_file": "/other/token", "log_text": "hash"}
