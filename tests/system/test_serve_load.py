@@ -168,19 +168,33 @@ KILLS = [("replica", "ServeReplica", 2), ("proxy", "haproxy", 1), ("proxy manage
 
 
 def victims(served: Served, name: str, title: str) -> list[psutil.Process]:
-    """The processes to kill one of; of several HAProxies only the one that has the port."""
+    """The processes to kill one of: HAProxies that have the port, replicas that answer (they listen when their model is warm, from port 30000 on), and all of the others."""
     found = family(served, title)
-    return found if name != "proxy" else [process for process in found if any(one.laddr.port == served.port and one.status == psutil.CONN_LISTEN for one in process.net_connections("tcp"))]
+    if name not in ("proxy", "replica"):
+        return found
+    listens = {"proxy": lambda port: port == served.port, "replica": lambda port: 30_000 <= port <= 31_000}[name]
+    return [process for process in found if any(one.status == psutil.CONN_LISTEN and listens(one.laddr.port) for one in connections(process))]
+
+
+def connections(process: psutil.Process) -> list:
+    """Those over TCP, none of a process that has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.net_connections("tcp")
+    return []
 
 
 def test_killed_processes(ready: Run) -> None:
     """Twenty kills of a replica (of two), the proxy and the controller, each at a request count: hardly a request fails, and none twice."""
     plan = [KILLS[i % len(KILLS)] for i in range(20)]
-    every, rate, lost, recovered = 600, 40.0, [], []
+    every, rate, lost, recovered, whole_again = 600, 40.0, [], [], []
     with serving(ready, "--replicas", "2") as served:
         for name, title, whole in plan:
-            def kill(name: str = name, title: str = title) -> None:
-                victims(served, name, title)[0].send_signal(signal.SIGKILL)
+            def kill(name: str = name, title: str = title, whole: int = whole) -> None:
+                victim, begin = victims(served, name, title)[0], time.monotonic()
+                victim.send_signal(signal.SIGKILL)
+                if name == "replica":
+                    while len([one for one in victims(served, name, title) if one != victim]) < whole and time.monotonic() < begin + 90: time.sleep(0.5)
+                    whole_again.append(time.monotonic() - begin)
             for retries in (0, 1):
                 end = time.monotonic() + 90  # Ray replaces the proxy's manager half a minute after the proxy's death
                 while len(victims(served, name, title)) < whole and time.monotonic() < end: time.sleep(0.2)
@@ -192,7 +206,7 @@ def test_killed_processes(ready: Run) -> None:
                 tell(f"kill of {name}, {retries} retries: {summary('', outcomes)}")
     without = [row for row in lost if row[1] == 0]
     share = sum(row[2] for row in without) / sum(row[3] for row in without)
-    tell(f"failed without retry: {100 * share:.3f} %; longest recovery {max(recovered):.1f} s")
+    tell(f"failed without retry: {100 * share:.3f} %; longest recovery {max(recovered):.1f} s; two replicas answer again after {min(whole_again):.0f} to {max(whole_again):.0f} s")
     assert share <= 0.001
     assert sum(row[2] for row in lost if row[1] == 1) == 0
     assert max(recovered) <= 15
