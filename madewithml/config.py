@@ -159,7 +159,7 @@ class ServeConfig(BaseModel):
     precision: str = Field("auto", description="'auto', 'bf16' or 'fp32'")
     threads: int = Field(0, ge=0, description="threads of the forward pass; 0: one for each CPU of the machine")
     max_batch_size: int = Field(16, ge=1, le=1024, description="texts of one forward pass, at most; on a CPU larger ones gain little, and while one is computed the next is gathered")
-    max_waiting: int = Field(100, ge=1, description="requests under way, and texts waiting, in a replica, at most; more are told to come back. Half a second's work is a good choice")
+    max_waiting: int = Field(128, ge=1, description="requests under way, and texts waiting, in a replica, at most; more are told to come back. Half a second's work is a good choice")
     deadline_s: float = Field(5.0, gt=0, description="seconds in which a prediction is answered, or is not at all")
     evaluate_deadline_s: float = Field(60.0, gt=0, description="the same for an evaluation")
     body_timeout_s: float = Field(1.5, gt=0, description="seconds in which a request's body must have arrived")
