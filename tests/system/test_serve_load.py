@@ -77,8 +77,8 @@ def h2load(served: Served, connections: int, seconds: int, rate: float | None, f
     """What `h2load`, a client in C that leaves most of the machine to the service, saw of each request; `rate` in requests/s over all connections, None for as fast as they are answered."""
     if not shutil.which("h2load"):
         pytest.skip("needs h2load (Debian: apt-get install nghttp2-client)")
-    # A client sends one text. So there are several, each with a text of its own, and they begin one after the other.
-    clients = max(8, connections // 100)
+    # A client sends one text, over all its connections at the same moment. So there are many, each with few connections and a text of its own, and they begin one after the other.
+    clients = min(50, max(8, connections // 8))
     each, running = connections // clients, []
     for i in range(clients):
         body, seen = folder / f"body-{i}.json", folder / f"seen-{i}.tsv"
