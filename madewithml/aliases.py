@@ -6,10 +6,11 @@
 __all__ = ['aliases', 'version_run', 'resolve_alias', 'moving', 'move_champion', 'rollback_model']
 
 # %% ../nbs/08_aliases.ipynb #5c142e66
-import json, time
-from collections.abc import Iterator
+import json, time, uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from .config import CheckFailed, UserError, get_settings
@@ -54,26 +55,26 @@ def moving(
     stale:float=30, # seconds after which a lock is nobody's any more
 ) -> Iterator[None]:
     "Nobody else moves this model's aliases meanwhile. Raises: CheckFailed where somebody did since they were `seen`."
-    client, lock, until = connect_mlflow(), f"{name}.moving", time.monotonic() + wait
+    client, lock, mark, until = connect_mlflow(), f"{name}.moving", uuid.uuid4().hex, time.monotonic() + wait
     while True:
-        try: client.create_registered_model(lock, description="Held for a moment while aliases move.")
+        try: client.create_registered_model(lock, {"owner": mark}, "Held for a moment while aliases move.")
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS": raise
             if time.monotonic() > until: raise CheckFailed(f"Somebody else is moving the aliases of {name!r}. Try again.") from None
-            _remove_stale(lock, stale)
+            _remove_lock(lock, lambda held: time.time() - held.creation_timestamp / 1000 > stale)
             time.sleep(0.05)
         else: break
     try:
         if (now := aliases(name)) != seen:
             raise CheckFailed(f"Somebody else was faster: the champion of {name!r} is {'version ' + str(now['champion']) if 'champion' in now else 'nobody'} now. Nothing was changed; compare again.")
         yield
-    finally: client.delete_registered_model(lock)
+    finally: _remove_lock(lock, lambda held: held.tags.get("owner") == mark)
 
-def _remove_stale(lock: str, stale: float) -> None:
-    "Removes a lock that is older than anybody needs it, in seconds."
+def _remove_lock(lock: str, ours: Callable[[RegisteredModel], bool]) -> None:
+    "Removes the lock if it is still there and ours to remove."
     client = connect_mlflow()
     try:
-        if time.time() - client.get_registered_model(lock).creation_timestamp / 1000 > stale: client.delete_registered_model(lock)
+        if ours(client.get_registered_model(lock)): client.delete_registered_model(lock)
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST": raise  # released meanwhile
 

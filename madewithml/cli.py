@@ -276,7 +276,7 @@ def monitor(
     alias: Annotated[str, _option("alias whose version is monitored", "--alias")] = "champion",
     run_id: Annotated[str, _option("MLflow run to monitor instead of an alias", "--run-id")] = "",
     model_name: _ModelName = None,
-    window: Annotated[int, _option("rows to look at, the last ones, at most", "--window")] = 200,
+    window: Annotated[int, _option("rows to look at, the last ones, at most; 50 to 2000", "--window")] = 200,
     since: Annotated[str, _option("begin of the window: a time (UTC) like '2026-05-01 12:00' or a span like '24h' [default: whenever]", "--since")] = "",
     results_fp: Annotated[Optional[Path], _option("JSON file to write the window to, for `trigger` [default: monitor/monitor.json in the results root]", "--results-fp")] = None,
 ) -> None:
@@ -389,7 +389,7 @@ app.add_typer(cluster, name="cluster")
 def up(
     workers: Annotated[int, _option("worker nodes", "--workers", min=1)] = 2,
     cpus: Annotated[Optional[int], _option("CPUs that each worker node offers [default: an equal part of the machine's]", "--cpus", min=1)] = None,
-    host: Annotated[str, _option("address to bind to; anything but the default lets others reach the ports", "--host")] = "127.0.0.1",
+    host: Annotated[str, _option("address of the nodes and the dashboard; anything but the default lets others reach the port that takes jobs", "--host")] = "127.0.0.1",
 ) -> None:
     "Start a head node and worker nodes. Clients need Ray's token, which lies in ~/.ray/auth_token."
     from madewithml.cluster import cluster_up

@@ -62,7 +62,7 @@ def measure_candidates(
     precision:str="auto", # 'auto', 'bf16' or 'fp32'
 ) -> tuple[list[Candidate], list[np.ndarray]]:
     "What is known of each version, and the labels it predicts. Raises: UserError."
-    texts, cases = row_texts(rows), read_behavior(behavior_loc)
+    texts = row_texts(rows)
     predictors = [Predictor(folder, precision) for _, _, folder in folders]
     speed = latencies(predictors, texts[::max(1, len(texts) // 100)][:100])
     candidates, predicted = [], []
@@ -71,7 +71,7 @@ def measure_candidates(
         parts = evaluate_predictions(rows, proba, predictor.labels)
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) / 1e6
         candidates.append(Candidate(version=version, run_id=run_id, overall=parts["overall"], per_class=parts["per_class"], slices=parts["slices"],
-                                    behavior=test_behavior(cases, predictor.proba, predictor.labels), p50_ms=p50, p99_ms=p99, size_mb=size))
+                                    behavior=test_behavior(read_behavior(behavior_loc, predictor.labels), predictor.proba, predictor.labels), p50_ms=p50, p99_ms=p99, size_mb=size))
         predicted.append(np.array(predictor.labels)[proba.argmax(1)])
     return candidates, predicted
 

@@ -57,7 +57,7 @@ def working_dir() -> Path:
 # %% ../nbs/00_config.ipynb #1a4d2350
 class Settings(BaseSettings):
     "Where things lie and what the columns are called; read from defaults < `.env` < `MADEWITHML_*` environment variables."
-    model_config = SettingsConfigDict(env_prefix="MADEWITHML_", env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="MADEWITHML_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     storage: Path = Field(Path("storage"), description="root of what the system keeps: checkpoints, tracking database, logs")
     shared: str = Field("", description="path or URI that all machines reach, for checkpoints, artefacts and copies of results; empty: `storage`, on one machine")
@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     text_columns: tuple[str, ...] = Field(("title", "description"), min_length=1, description="columns the model reads, in this order")
     label_column: str = Field("tag", description="column the model learns to predict")
     llm: str = Field("embedded", description="encoder: 'embedded', a Hugging Face id or a directory")
-    max_length: int = Field(128, ge=8, le=8192, description="tokens of a text that the encoder sees; the rest is cut")
+    max_length: int = Field(128, ge=8, le=8192, description="tokens of a text that the encoder sees, at most what it was made for (512 for the embedded one); the rest is cut")
     threshold: float = Field(0.5, ge=0, le=1, description="a prediction with less probability than this becomes `fallback_label`")
     fallback_label: str = Field("other", description="what an unsure prediction is called")
     seed: int = Field(42, ge=0, lt=2**32, description="seed of every random choice")
@@ -99,7 +99,7 @@ def _first_error(error: ValidationError) -> str:
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
     "The settings in force in this process. Raises: UserError for a value out of its range."
-    try: return Settings()
+    try: return Settings(_env_file=working_dir() / ".env")
     except ValidationError as error:
         raise UserError("Setting " + _first_error(error), "Mend MADEWITHML_* in the environment or in .env.") from None
 
@@ -292,8 +292,12 @@ def atomic_path(
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
     try:
         yield temporary
-        if path.is_dir(): shutil.rmtree(path)
-        os.replace(temporary, path)
+        if path.is_dir():
+            old = temporary.with_name(f"{temporary.name}.old")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else: os.replace(temporary, path)
     finally:
         if temporary.is_dir(): shutil.rmtree(temporary)
         else: temporary.unlink(missing_ok=True)
@@ -327,7 +331,7 @@ def get_logger() -> logging.Logger:
     folder.mkdir(parents=True, exist_ok=True)
     file = RotatingFileHandler(folder / "madewithml.log", maxBytes=5_000_000, backupCount=4, encoding="utf-8", delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(process)d %(module)s:%(lineno)d %(message)s"))
-    console = logging.StreamHandler()
+    console = logging.StreamHandler(sys.stdout if "ipykernel" in sys.modules else sys.stderr)
     console.setFormatter(logging.Formatter("%(message)s"))
     console.setLevel(settings.log_level)
     logger.handlers[:] = [file, console]

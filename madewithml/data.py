@@ -117,7 +117,9 @@ def read_labeled(
     rows = read_table(loc, (*settings.text_columns, settings.label_column))
     labels = rows[settings.label_column]
     empty = labels.isna() | (labels.astype(str).str.strip() == "")
-    if empty.any(): raise UserError(f"{loc}: row {int(np.argmax(empty)) + 2} (the header is row 1) has no {settings.label_column!r}.")
+    if empty.any():
+        first, header = int(np.argmax(empty)), table_format(loc) == "csv"
+        raise UserError(f"{loc}: row {first + 2} (the header is row 1) has no {settings.label_column!r}." if header else f"{loc}: row {first + 1} has no {settings.label_column!r}.")
     rows[settings.label_column] = labels.astype(str).str.strip()
     counts = rows[settings.label_column].value_counts()
     if counts.min() < min_rows:
@@ -312,7 +314,7 @@ def worker_batches(
     "This worker's rows of each batch, at least one, and the rows of the whole batch."
     small = [batch for batch in batches if len(batch) < world_size]
     batches = [batch for batch in batches if len(batch) >= world_size]
-    if small and not batches: raise UserError(f"{sum(map(len, small))} training row(s) are too few for {world_size} workers.", "Use fewer --num-workers.")
+    if small and not batches: raise UserError(f"Batches of {max(map(len, small))} row(s) are too small for {world_size} workers.", "Use fewer --num-workers, a larger batch_size or more rows.")
     for i, batch in enumerate(small): batches[i] = np.concatenate([batches[i], batch])
     for batch in batches: yield batch[rank::world_size], len(batch)
 

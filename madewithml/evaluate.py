@@ -9,6 +9,7 @@ __all__ = ['SLICES', 'scores', 'per_class_scores', 'bootstrap_f1', 'weighted_f1'
            'check_behavior']
 
 # %% ../nbs/06_evaluate.ipynb #10d43536
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -70,9 +71,9 @@ def weighted_f1(
 _LLM = r"\b(?:llms?|gpt|bert|t5|llama|transformers?|language models?|chatgpt|prompt\w*)\b"
 
 def class_name_absent(rows: pd.DataFrame) -> pd.Series:
-    "Rows whose text has no word of their label's name."
+    "Rows whose text has no word that begins like one of their label's name."
     words = rows["label"].str.lower().str.split(r"[^a-z0-9]+", regex=True)
-    return pd.Series([not any(word in text.lower() for word in name if len(word) > 2) for name, text in zip(words, rows["text"], strict=True)], index=rows.index)
+    return pd.Series([not any(re.search(rf"\b{word}", text.lower()) for word in name if len(word) > 2) for name, text in zip(words, rows["text"], strict=True)], index=rows.index)
 
 SLICES: dict[str, str | Callable[[pd.DataFrame], pd.Series]] = {
     "short_text": "text.str.split().str.len() < 12",
@@ -118,11 +119,14 @@ def expected_calibration_error(
 # %% ../nbs/06_evaluate.ipynb #9f832cf9
 def read_behavior(
     loc:str|Path|None=None, # table of cases; None: the embedded one
+    names:list[str]|None=None, # labels of the model that is tested; None: those of the embedded table
 ) -> pd.DataFrame:
-    "The cases: `kind`, the text columns, the changed ones, `expected`; of the embedded table none where the text columns are called otherwise. Raises: UserError for an unknown kind."
+    "The cases: `kind`, the text columns, the changed ones, `expected`; of the embedded table none where text columns or labels are called otherwise. Raises: UserError for an unknown kind."
     columns, embedded = get_settings().text_columns, packaged_dir("datasets") / "behavior.csv"
     wanted = ("kind", "expected", *columns, *(f"changed_{name}" for name in columns))
-    if loc is None and not set(wanted) <= set(pd.read_csv(embedded, nrows=0)): return pd.DataFrame(columns=wanted)
+    if loc is None:
+        cases = pd.read_csv(embedded)
+        if not set(wanted) <= set(cases) or not (names is None or set(cases["expected"]) <= set(names)): return pd.DataFrame(columns=wanted)
     loc = loc or embedded
     cases = read_table(loc, wanted).fillna("").astype(str)
     kinds = ("minimum functionality", "invariance", "directional")
@@ -135,10 +139,13 @@ def test_behavior(
     proba:Callable[[list[str]], np.ndarray], # probabilities of some texts, (texts, labels)
     names:list[str], # the labels, in order
 ) -> list[BehaviorCase]:
-    "Each case and its outcome; none where the table expects labels that the model does not know."
-    if not len(cases) or not set(cases["expected"]) <= set(names): return []
+    "Each case and its outcome; what a case of invariance expects does not count. Raises: UserError where one expects a label that the model does not know."
+    if not len(cases): return []
+    judged = cases["kind"] != "invariance"
+    if (wrong := judged & ~cases["expected"].isin(names)).any():
+        raise UserError(f"Behaviour test {int(np.argmax(wrong)) + 1} expects {cases['expected'][wrong].iloc[0]!r}, a label that the model does not know (known: {', '.join(names)}).")
     before, after = row_texts(cases), row_texts(pd.DataFrame({name: cases[f"changed_{name}"] for name in get_settings().text_columns}))
-    first, second, expected = proba(before), proba(after), cases["expected"].map(names.index).to_numpy()
+    first, second, expected = proba(before), proba(after), cases["expected"].map(lambda label: names.index(label) if label in names else -1).to_numpy()
     results = []
     for i, kind in enumerate(cases["kind"]):
         last = (first if kind == "minimum functionality" else second)[i]
@@ -209,7 +216,7 @@ def evaluate_model(
     names = label_names(model)
     parts = evaluate_predictions(rows, predict_proba(model, tokenizer, row_texts(rows), precision), names, SLICES | dict(slices or {}))
     if train_loc is not None: parts["overall"].baseline_f1 = baseline_f1(read_labeled(train_loc), rows)
-    behavior = test_behavior(read_behavior(behavior_loc), lambda texts: predict_proba(model, tokenizer, texts, precision), names)
+    behavior = test_behavior(read_behavior(behavior_loc, names), lambda texts: predict_proba(model, tokenizer, texts, precision), names)
     return EvaluateResults(run_id=run_id, dataset_loc=str(dataset_loc), dataset_digest=table_digest(dataset_loc), behavior=behavior, **parts)
 
 # %% ../nbs/06_evaluate.ipynb #996f2633

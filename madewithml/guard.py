@@ -41,9 +41,18 @@ class Metrics:
 
     def text(self) -> bytes:
         "The sums over all replicas of this machine, in Prometheus's text format."
+        for pid in {int(file.stem.rsplit("_", 1)[1]) for file in Path(self.folder).glob("gauge_livesum_*.db")}:
+            if not _alive(pid): multiprocess.mark_process_dead(pid, self.folder)
         registry = prometheus.CollectorRegistry()
         multiprocess.MultiProcessCollector(registry, self.folder)
         return prometheus.generate_latest(registry)
+
+def _alive(pid: int) -> bool:
+    "Whether there is such a process."
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except PermissionError: pass  # somebody else's
+    return True
 
 # %% ../nbs/09_guard.ipynb #3762cefb
 class Refused(Exception):

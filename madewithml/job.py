@@ -26,6 +26,8 @@ class TrainJob:
     precision: str  # 'bf16' or 'fp32'
     seed: int
     max_length: int
+    text_columns: tuple[str, ...]
+    label_column: str
     dataset_digest: str
 
     @property
@@ -35,7 +37,7 @@ class TrainJob:
 
     def params(self) -> dict[str, Any]:
         "What MLflow shows as the run's parameters."
-        fields = ("llm", "num_workers", "cpu_per_worker", "gpu_per_worker", "num_samples", "precision", "seed", "max_length", "dataset_digest")
+        fields = ("llm", "num_workers", "cpu_per_worker", "gpu_per_worker", "num_samples", "precision", "seed", "max_length", "text_columns", "label_column", "dataset_digest")
         return {name: getattr(self, name) for name in fields} | self.config.model_dump()
 
 # %% ../nbs/04_job.ipynb #55ff3127

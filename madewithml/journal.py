@@ -8,6 +8,7 @@ __all__ = ['SCHEMA', 'Journal']
 # %% ../nbs/09_journal.ipynb #711f7b8b
 import os, random, threading, time, uuid
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ class Journal:
 
     def __init__(self,
         config:ServeConfig, # `log_…` fields
+        on_drop:Callable[[int], Any]=lambda rows: None, # told how many rows were dropped
     ):
-        self.config, self.folder, self.rows, self.dropped = config, Path(config.log_dir), deque(), 0
+        self.config, self.folder, self.rows, self.on_drop = config, Path(config.log_dir), deque(), on_drop
         self.folder.mkdir(parents=True, exist_ok=True)
         self._random, self._ready, self._closed = random.Random(uuid.uuid4().int), threading.Event(), False  # noqa: S311  a sample, no secret
         self._thread = threading.Thread(target=self._write_in_turn, name="journal", daemon=True)
@@ -40,7 +42,7 @@ class Journal:
         "Takes the row if it falls into the sample; false where it had to be dropped."
         if self._random.random() >= self.config.log_sample: return True
         if len(self.rows) >= 20 * self.config.log_rows:
-            self.dropped += 1
+            self.on_drop(1)
             return False
         self.rows.append({"timestamp": int(time.time() * 1e6), "text": text, **row})
         if len(self.rows) >= self.config.log_rows: self._ready.set()
@@ -61,7 +63,7 @@ class Journal:
                 rows = [self.rows.popleft() for _ in range(min(len(self.rows), self.config.log_rows))]
                 try: self._write(rows)
                 except OSError as error:  # a full disk must not end the service
-                    self.dropped += len(rows)
+                    self.on_drop(len(rows))
                     get_logger().warning(f"log of predictions: {error}")
 
     def _write(self, rows: list[dict]) -> None:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'pick_device', 'bf16_in_hardware', 'pick_precision', 'autocast', 'set_seed', 'encoder_source',
-           'quiet_transformers', 'load_tokenizer', 'build_classifier', 'model_inputs', 'label_names', 'predict_tokens',
-           'softmax', 'settle_close_calls', 'predict_proba', 'max_tokens', 'load_encoder', 'embed_texts',
-           'save_classifier', 'load_classifier']
+           'quiet_transformers', 'load_tokenizer', 'check_max_length', 'build_classifier', 'model_inputs',
+           'label_names', 'predict_tokens', 'softmax', 'settle_close_calls', 'predict_proba', 'max_tokens',
+           'load_encoder', 'embed_texts', 'save_classifier', 'load_classifier']
 
 # %% ../nbs/03_models.ipynb #547af555
 import random, warnings
@@ -92,6 +92,15 @@ def load_tokenizer(
     "The encoder's own tokenizer. Raises: UserError where it cannot be had."
     try: return AutoTokenizer.from_pretrained(encoder_source(llm))
     except (OSError, ValueError) as error: raise UserError(f"--llm {llm!r}: {str(error).splitlines()[0]}") from None
+
+def check_max_length(
+    llm:str, # 'embedded', a Hugging Face id or a directory
+    max_length:int, # tokens of a text that it shall see
+) -> None:
+    "Raises: UserError for more tokens than the encoder has positions for, or where it cannot be had."
+    try: longest = getattr(AutoConfig.from_pretrained(encoder_source(llm)), "max_position_embeddings", None)
+    except (OSError, ValueError) as error: raise UserError(f"--llm {llm!r}: {str(error).splitlines()[0]}") from None
+    if max_length < 2 or longest and max_length > longest: raise UserError(f"max_length is {max_length}, the encoder {llm!r} sees {longest or 'any number of'} tokens.", "Use 8 or more, and no more than it sees.")
 
 def build_classifier(
     llm:str, # 'embedded', a Hugging Face id or a directory

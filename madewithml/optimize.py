@@ -162,11 +162,11 @@ class FineTuning:
         on_step:Callable[[int, int], None]=lambda step, steps: None, # called after each optimiser step
     ) -> dict:
         "Every row once; returns loss, rows of this process, seconds and the last learning rate."
-        set_seed(self.seed + 1_000_003 * epoch + self.rank)
-        batches = length_grouped_batches(train.lengths, self.config.batch_size, self.seed, epoch)
+        set_seed((self.seed + 1_000_003 * epoch + self.rank) % 2**32)
+        mine = list(worker_batches(length_grouped_batches(train.lengths, self.config.batch_size, self.seed, epoch), self.rank, self.world_size))
         self.model.train()
         total, rows, begin = torch.zeros((), device=self.model.device), 0, time.perf_counter()
-        for step, (batch, global_rows) in enumerate(worker_batches(batches, self.rank, self.world_size), 1):
+        for step, (batch, global_rows) in enumerate(mine, 1):
             losses = self._losses(train, batch)
             (losses.sum() * self.world_size / global_rows).backward()
             nn.utils.clip_grad_norm_(self.moving, self.config.max_grad_norm)
@@ -176,7 +176,7 @@ class FineTuning:
             self.optimizer.zero_grad(set_to_none=True)
             total += losses.detach().sum()
             rows += len(batch)
-            on_step(step, len(batches))
+            on_step(step, len(mine))
         return {"train_loss": total.item(), "rows": rows, "seconds": time.perf_counter() - begin, "lr": lr}
 
     def _losses(self, train: Tokens, batch: np.ndarray) -> torch.Tensor:

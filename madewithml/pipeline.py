@@ -103,6 +103,7 @@ def workloads_of(
     predict_loc:str, # table to predict
     train:dict[str, Any], # parameters of the workload `train` besides these
     run_id:Callable[[], str], # id of the MLflow run, once trained
+    model_name:str="", # registered model; empty: the setting
 ) -> list[Callable[[], Workload]]:
     "The workloads in order; each is made when its turn comes, since `evaluate` needs to know what `train` made."
     predictions = folder / "predictions.csv"
@@ -112,7 +113,7 @@ def workloads_of(
         lambda: Workload("evaluate", {"run_id": run_id(), "dataset_loc": holdout_loc, "train_loc": dataset_loc},
                          [dataset_loc, holdout_loc, str(packaged_dir("datasets") / "behavior.csv")]),
         lambda: Workload("predict", {"run_id": run_id(), "dataset_loc": predict_loc, "output": str(predictions)}, [predict_loc], [predictions]),
-        lambda: Workload("register", {"run_id": run_id(), "holdout_loc": holdout_loc}, [dataset_loc, holdout_loc]),
+        lambda: Workload("register", {"run_id": run_id(), "holdout_loc": holdout_loc, "model_name": model_name}, [dataset_loc, holdout_loc]),
     ]
 
 # %% ../nbs/12_pipeline.ipynb #b985acc0
@@ -124,6 +125,7 @@ def run_pipeline(
     force:bool=False, # run every workload even if nothing changed
     before:str|Path|None=None, # results directory to compare with in the report
     address:str|None=None, # Ray cluster; None: `RAY_ADDRESS`, else one of our own
+    model_name:str="", # registered model; empty: the setting
     **train, # parameters of the workload `train`
 ) -> Path:
     "Runs every workload that has something to do and returns the report. Raises: UserError, CheckFailed."
@@ -133,7 +135,7 @@ def run_pipeline(
     open_location(predict_loc)
     def trained() -> str: return json.loads((folder / "train.json").read_text())["run_id"]
     with _ready_for_workloads(folder, address):
-        for make in workloads_of(folder, dataset, holdout, predict_loc, {name: value for name, value in train.items() if value is not None}, trained):
+        for make in workloads_of(folder, dataset, holdout, predict_loc, {name: value for name, value in train.items() if value is not None}, trained, model_name):
             workload, begin = make(), time.perf_counter()
             print(f"▶ {workload.name}", flush=True)
             ran = run_workload(workload, folder, force)

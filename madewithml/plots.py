@@ -14,8 +14,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 # %% ../nbs/00_plots.ipynb #c3228b51
-INK = "#777777"  # text, axes and what is only there to compare with
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#C2679A", "#B07D00", "#2C92C7", "#8D77D6", "#777777")
+INK = "#767676"  # text, axes and what is only there to compare with
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#C2679A", "#B07D00", "#2C92C7", "#8D77D6", "#767676")
 SHADES = LinearSegmentedColormap.from_list("shades", (PALETTE[0], INK, PALETTE[4]))  # little to much
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 

@@ -83,8 +83,9 @@ def promote_model(
     decision = "promoted" if all(check.success for check in checks) else "forced" if force else "refused"
     results = PromoteResults(model_name=name, decision=decision, by=who_asks(), reason=reason if decision == "forced" else "", dataset_loc=str(dataset_loc), dataset_digest=table_digest(dataset_loc),
                              policy=policy.model_dump(), checks=checks, challenger=candidates[0], champion=champion, **_difference(rows, said))
+    connect_mlflow().log_text(versions[0][1], results.model_dump_json(indent=2), f"promotions/{results.timestamp.replace(':', '')}.json")
     with moving(name, seen):
-        _write_down(results)
+        connect_mlflow().set_model_version_tag(name, str(versions[0][0]), "promotion", results.model_dump_json(include=_KEPT))
         if decision != "refused": move_champion(name, seen)
     return results
 
@@ -96,12 +97,7 @@ def _difference(rows: pd.DataFrame, said: list[np.ndarray]) -> dict[str, float]:
     ids = [np.searchsorted(names, values) for values in (labels, *said)]
     return dict(zip(("f1_difference", "f1_difference_low", "f1_difference_high"), paired_f1_difference(*ids, len(names)), strict=True))
 
-def _write_down(results: PromoteResults) -> None:
-    "The decision on the model version, and all of it as a file of the run."
-    client, challenger = connect_mlflow(), results.challenger
-    short = results.model_dump_json(include={"timestamp", "decision", "by", "reason", "dataset_loc", "dataset_digest", "policy", "checks", "f1_difference", "f1_difference_low", "f1_difference_high"})
-    client.set_model_version_tag(results.model_name, str(challenger.version), "promotion", short)
-    client.log_text(challenger.run_id, results.model_dump_json(indent=2), f"promotions/{results.timestamp.replace(':', '')}.json")
+_KEPT = {"timestamp", "decision", "by", "reason", "dataset_loc", "dataset_digest", "policy", "checks", "f1_difference", "f1_difference_low", "f1_difference_high"}  # with the version; all of it is a file of the run
 
 def check_promotion(
     results:PromoteResults, # of `promote_model`

@@ -51,7 +51,7 @@ def _headline(results: EvaluateResults, before: EvaluateResults|None, called: st
     facts = [f"**F1 {now.f1:.3f}** (95 % interval {now.f1_low:.3f} to {now.f1_high:.3f}) on {now.num_samples} rows."]
     if now.baseline_f1 is not None: facts.append(f"TF-IDF + logistic regression reaches {now.baseline_f1:.3f} on the same rows.")
     if results.behavior: facts.append(f"Behaviour tests: {passed} of {len(results.behavior)} passed.")
-    if before and now.f1_low <= before.overall.f1 <= now.f1_high: facts.append(f"F1 of {called} lies within the interval: no clear difference.")
+    if before and now.f1_low <= before.overall.f1 <= now.f1_high: facts.append(f"F1 of {called} lies within this interval, which by itself cannot tell the two apart.")
     return " ".join(facts) + "\n\n" + table
 
 def _scores(column: str, scores: dict, before: dict, called: str) -> str:
@@ -65,8 +65,8 @@ def _failed(results: EvaluateResults) -> str:
     return markdown_table(["kind", "text", "expected", "predicted"], [[case.kind, case.changed or case.text, case.expected, case.predicted] for case in results.behavior if not case.success])
 
 def _mistakes(results: EvaluateResults) -> str:
-    "The worst mistakes."
-    wrong = [[mistake.row, mistake.text[:120] + "…" * (len(mistake.text) > 120), mistake.label, mistake.predicted, f"{mistake.confidence:.2f}"] for mistake in results.mistakes[:5]]
+    "The worst mistakes, their rows numbered as a CSV file numbers them: the header is row 1."
+    wrong = [[mistake.row + 2, mistake.text[:120] + "…" * (len(mistake.text) > 120), mistake.label, mistake.predicted, f"{mistake.confidence:.2f}"] for mistake in results.mistakes[:5]]
     return markdown_table(["row", "text", "label", "predicted", "confidence"], wrong)
 
 # %% ../nbs/11_report.ipynb #bbbdde02

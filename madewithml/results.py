@@ -19,13 +19,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .config import UserError, write_json
 
 # %% ../nbs/00_results.ipynb #faebbca2
-class Results(BaseModel):
-    "What every workload's result has in common."
+class _Record(BaseModel):
+    "Fields that are known, and no others."
     model_config = ConfigDict(extra="forbid")
+
+class Results(_Record):
+    "What every workload's result has in common."
     timestamp: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"), description="when it was written, UTC")
 
 # %% ../nbs/00_results.ipynb #09e75e8a
-class Expectation(BaseModel):
+class Expectation(_Record):
     "One data expectation and what was seen."
     name: str = Field(description="what is expected, in words")
     success: bool
@@ -43,9 +46,8 @@ class ValidateResults(Results):
     expectations: list[Expectation]
 
 # %% ../nbs/00_results.ipynb #83479985
-class EpochMetrics(BaseModel):
+class EpochMetrics(_Record):
     "One epoch of training."
-    model_config = ConfigDict(extra="forbid")
     epoch: int = Field(ge=1)
     train_loss: float = Field(description="mean loss over the rows of the training split, smoothing included")
     val_loss: float = Field(description="mean cross-entropy over the validation split, no smoothing")
@@ -71,9 +73,8 @@ class TrainResults(Results):
     labels: list[str]
 
 # %% ../nbs/00_results.ipynb #0534072d
-class Trial(BaseModel):
+class Trial(_Record):
     "One trial of a search."
-    model_config = ConfigDict(extra="forbid")
     trial_id: str
     run_id: str = Field(description="MLflow run, child of the search's")
     params: dict[str, Any] = Field(description="hyperparameters that were searched")
@@ -97,9 +98,8 @@ class TuneResults(Results):
     importance: dict[str, float] = Field(description="share of each hyperparameter in the variance of the validation loss")
 
 # %% ../nbs/00_results.ipynb #d874558f
-class Scores(BaseModel):
+class Scores(_Record):
     "Precision, recall and F1 over some rows."
-    model_config = ConfigDict(extra="forbid")
     precision: float = Field(ge=0, le=1)
     recall: float = Field(ge=0, le=1)
     f1: float = Field(ge=0, le=1)
@@ -116,7 +116,7 @@ class Overall(Scores):
     expected_calibration_error: float = Field(ge=0, le=1, description="mean gap between confidence and accuracy")
     baseline_f1: float | None = Field(None, ge=0, le=1, description="weighted F1 of TF-IDF + logistic regression on the same rows")
 
-class CalibrationBin(BaseModel):
+class CalibrationBin(_Record):
     "One bar of the reliability diagram."
     low: float
     high: float
@@ -124,7 +124,7 @@ class CalibrationBin(BaseModel):
     confidence: float | None = Field(description="mean confidence; none in an empty bin")
     accuracy: float | None
 
-class BehaviorCase(BaseModel):
+class BehaviorCase(_Record):
     "One behaviour test and its outcome."
     kind: str = Field(description="'invariance', 'directional' or 'minimum functionality'")
     text: str
@@ -133,7 +133,7 @@ class BehaviorCase(BaseModel):
     predicted: str
     success: bool
 
-class Mistake(BaseModel):
+class Mistake(_Record):
     "A row the model got wrong."
     row: int = Field(description="0-based row of the table")
     text: str
@@ -174,9 +174,8 @@ class RegisterResults(Results):
     model_uri: str
 
 # %% ../nbs/00_results.ipynb #fbb78b3f
-class Candidate(BaseModel):
+class Candidate(_Record):
     "What was measured of one model version before the decision."
-    model_config = ConfigDict(extra="forbid")
     version: int = Field(description="of the registered model")
     run_id: str = Field(description="MLflow run that trained it")
     overall: Overall
@@ -187,9 +186,8 @@ class Candidate(BaseModel):
     p99_ms: float = Field(ge=0, description="99th percentile of the same, ms")
     size_mb: float = Field(ge=0, description="size of the checkpoint's files, MB")
 
-class GateCheck(BaseModel):
+class GateCheck(_Record):
     "One demand of the promotion policy and what was seen."
-    model_config = ConfigDict(extra="forbid")
     name: str
     challenger: float
     champion: float | None = Field(None, description="None where there is no champion yet")
@@ -213,9 +211,8 @@ class PromoteResults(Results):
     f1_difference_high: float = Field(0, description="upper end")
 
 # %% ../nbs/00_results.ipynb #c5f9eee1
-class DriftTest(BaseModel):
+class DriftTest(_Record):
     "One comparison of a window with the reference."
-    model_config = ConfigDict(extra="forbid")
     name: str = Field(description="what was compared: 'text', 'predicted classes', 'confidence', 'length', 'unknown tokens' or 'language'")
     num_samples: int = Field(ge=0, description="rows of the window that it could use")
     statistic: float
@@ -225,9 +222,8 @@ class DriftTest(BaseModel):
     alarm: bool
     observed: str = Field("", description="what was seen, in words; or why the test was not possible")
 
-class Performance(BaseModel):
+class Performance(_Record):
     "How good the champion is on the window."
-    model_config = ConfigDict(extra="forbid")
     source: Literal["labels", "estimate"] = Field(description="from delayed labels, or from the calibrated confidence where there are none")
     metric: Literal["f1", "accuracy"] = Field(description="weighted F1 from labels; accuracy when it is estimated")
     value: float = Field(ge=0, le=1)
@@ -237,25 +233,22 @@ class Performance(BaseModel):
     num_samples: int = Field(ge=0)
     alarm: bool
 
-class Distribution(BaseModel):
+class Distribution(_Record):
     "How the rows of a window and of its reference fall into the same bins; what the plots of a monitor show."
-    model_config = ConfigDict(extra="forbid")
     name: str = Field(description="what was compared, as in `DriftTest`")
     bins: list[str]
     window: list[float] = Field(description="share of the window's rows in each bin")
     reference: list[float] = Field(description="share of the reference's rows")
 
-class UnlikeRow(BaseModel):
+class UnlikeRow(_Record):
     "A row of the window that the reference has nothing like."
-    model_config = ConfigDict(extra="forbid")
     text: str = Field(description="its beginning")
     prediction: str
     confidence: float
     unlikeness: float = Field(ge=0, le=1, description="how surely a classifier takes it for one of the window's")
 
-class Explanation(BaseModel):
+class Explanation(_Record):
     "What an alarm is about."
-    model_config = ConfigDict(extra="forbid")
     auc: float = Field(ge=0, le=1, description="of a cross-fitted classifier that tells window from reference; 0.5: it cannot")
     words: list[str] = Field(description="commoner in the window than in the reference, the clearest first")
     rows: list[UnlikeRow] = Field(description="most unlike the reference first")

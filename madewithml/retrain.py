@@ -93,7 +93,7 @@ def retrain(
     try:
         table = merge_batches(root, [*champion_provenance(home, name)["batches"], *new], home)
         with _refused_with_its_check(new, home):
-            folder = run_pipeline(table, holdout_loc, run_name=f"retrain-{table.stem.removeprefix('train-')}", address=address, **train).parent
+            folder = run_pipeline(table, holdout_loc, run_name=f"retrain-{table.stem.removeprefix('train-')}", address=address, model_name=name or "", **train).parent
         done, state = _promoted(folder, holdout_loc, promotion_policy, name)
         _settle(new, state, home, done["outcome"] if state == "refused" else "")
     except (UserError, CheckFailed) as error:

@@ -29,7 +29,7 @@ def await_version(
     timeout:float=60, # seconds to wait
     token_file:str="", # file with the token to show
     times:int=20, # answers in a row that must agree
-    token_env:str="", # environment variable with the token, where there is no file
+    token_env:str="", # environment variable with the token; wins over the file
 ) -> dict[str, Any]:
     "What `/version` answers once the service has followed. Raises: CheckFailed where it has not in time; UserError where nobody has the alias."
     version, _ = resolve_alias(alias, name)

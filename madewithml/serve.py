@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve
 from ray.serve.exceptions import RayServeException
 
-from .aliases import resolve_alias
-from .config import ServeConfig, UserError, get_logger, get_settings, give_way, packaged_dir, read_token
+from .aliases import aliases, resolve_alias
+from .config import ServeConfig, UserError, digest, get_logger, get_settings, give_way, packaged_dir, read_token
 from .data import join_text, read_labeled, row_texts
 from .engine import Engine
 from .evaluate import evaluate_predictions
@@ -59,7 +59,7 @@ class Versions:
         try:
             with ThreadPoolExecutor(1, initializer=give_way, initargs=(self.niceness,)) as gentle:
                 self.engine = gentle.submit(Engine, checkpoint_dir(run_id), self.config.precision, self.config.runtime, version, run_id, self.config.threads).result()
-        except UserError as error:
+        except (UserError, RuntimeError) as error:  # a runtime may fail where its check did not
             self.refused = {"version": version, "reason": str(error)}
             raise
         self.refused = None
@@ -68,7 +68,7 @@ class Versions:
     def look_again(self) -> None:
         "The same, with what goes wrong written down: the one that answers goes on."
         try: self.look()
-        except (UserError, MlflowException, OSError) as error: get_logger().warning(f"{self.alias}: {error}")
+        except (UserError, RuntimeError, MlflowException, OSError) as error: get_logger().warning(f"{self.alias}: {error}")
 
 # %% ../nbs/09_serve.ipynb #59772e46
 class Service:
@@ -81,7 +81,7 @@ class Service:
         self.metrics = Metrics(get_settings().storage / "serve" / "metrics")
         self.versions = Versions(config, config.alias)
         self.versions.look()
-        self.journal = Journal(config) if config.log_dir else None
+        self.journal = Journal(config, self.metrics.log_dropped.inc) if config.log_dir else None
         self.shadow = Shadow(config, self.metrics) if config.shadow else None
         self.passes = self.versions.engine.passes
         self.pool = ThreadPoolExecutor(self.passes, "forward", initializer=self._prepare_thread)
@@ -94,7 +94,7 @@ class Service:
         give_way(10)
         while not self._stop.wait(self.config.watch_s):
             self.versions.look_again()
-            if self.shadow: self.shadow.versions.look_again()
+            if self.shadow: self.shadow.look()
 
     def _prepare_thread(self) -> None:
         "Of a forward pass: after the thread that reads requests, and with its share of the processors where PyTorch computes."
@@ -146,9 +146,8 @@ class Service:
         for text, row, answer, confidence in zip(texts, ids, found, probabilities.max(1), strict=True):
             self.metrics.predictions.labels(answer["prediction"], str(engine.version)).inc()
             self.metrics.confidence.observe(confidence)
-            if self.journal and not self.journal.add(text, version=engine.version, run_id=engine.run_id, num_tokens=len(row), unknown_tokens=row.count(engine.unknown_id),
-                                                     prediction=answer["prediction"], confidence=float(confidence), probabilities=answer["probabilities"]):
-                self.metrics.log_dropped.inc()
+            if self.journal: self.journal.add(text, version=engine.version, run_id=engine.run_id, num_tokens=len(row), unknown_tokens=row.count(engine.unknown_id),
+                                              prediction=answer["prediction"], confidence=float(confidence), probabilities=answer["probabilities"])
             if self.shadow: self.shadow.add(text, answer["prediction"], engine.version)
 
     async def evaluate(self,
@@ -193,9 +192,19 @@ class Shadow:
     "The challenger, answering what the champion has answered."
 
     def __init__(self, config:ServeConfig, metrics:Metrics):
-        self.versions, self.metrics, self.waiting, self._something = Versions(config.model_copy(update={"run_id": "", "threads": 1}), "challenger", 19), metrics, deque(maxlen=256), threading.Event()
-        self.versions.look_again()
+        self.config, self.metrics, self.waiting, self._something = config, metrics, deque(maxlen=256), threading.Event()
+        self.versions = Versions(config.model_copy(update={"run_id": "", "threads": 1}), "challenger", 19)
+        self.look()
+        if not self.versions.engine: get_logger().info("The shadow waits for a challenger.")
         threading.Thread(target=self._answer, name="shadow", daemon=True).start()
+
+    def look(self) -> None:
+        "Follows the challenger; while there is none, nothing is answered."
+        try: waits = "challenger" in aliases(self.config.model_name or None)
+        except (MlflowException, OSError) as error: get_logger().warning(f"challenger: {error}")
+        else:
+            if waits: self.versions.look_again()
+            else: self.versions.engine = None
 
     def add(self,
         text:str, # what was asked
@@ -215,9 +224,11 @@ class Shadow:
             self._something.clear()
             while self.waiting:
                 some, engine = [self.waiting.popleft() for _ in range(min(8, len(self.waiting)))], self.versions.engine
+                if engine is None: continue
                 for (text, said, version), mine in zip(some, answers(engine.proba([engine.encode(text) for text, _, _ in some]), engine.labels), strict=True):
                     self.metrics.shadow.labels("yes" if mine["prediction"] == said else "no").inc()
-                    if mine["prediction"] != said: get_logger().info(f"shadow: version {engine.version} says {mine['prediction']}, version {version} said {said}: {text[:80]!r}")
+                    shown = repr(text[:80]) if self.config.log_text == "keep" else f"text {digest(text.encode())}"
+                    if mine["prediction"] != said: get_logger().info(f"shadow: version {engine.version} says {mine['prediction']}, version {version} said {said}: {shown}")
 
 # %% ../nbs/09_serve.ipynb #6adc5c66
 def read_allowed(

@@ -62,8 +62,8 @@ def remove_tree(
 _SEAL = "digests.json"
 
 def _digests(folder: Path) -> dict[str, str]:
-    "Digest of each file but the seal."
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != _SEAL)
+    "Digest of each file but the seal; that of a directory below is a file like the others."
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / _SEAL)
     return {path.relative_to(folder).as_posix(): digest(path) for path in files}
 
 def seal(

@@ -109,7 +109,7 @@ def get_run(
 # %% ../nbs/00_tracking.ipynb #b1c288d2
 def best_run_id(
     experiment_name:str, # MLflow experiment to search
-    metric:str="val_loss", # metric to compare runs by
+    metric:str="best_val_loss", # metric to compare runs by; its latest value counts, and `best_…` is that of the epoch that was kept
     mode:str="min", # 'min' or 'max': which end is best
 ) -> str:
     "Id of the finished run with the best value of the metric. Raises: UserError where there is none."

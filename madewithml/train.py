@@ -25,7 +25,7 @@ from tqdm import tqdm
 from .config import TrainConfig, UserError, get_logger, get_settings
 from .data import Tokens, label_ids, read_labeled, row_texts, stratified_sample, stratified_split, table_digest, tokenize
 from .job import TrainJob, start_worker
-from .models import load_tokenizer, pick_precision
+from .models import check_max_length, load_tokenizer, pick_precision
 from .optimize import best_epoch
 from .plots import PALETTE, styled
 from .results import EpochMetrics, TrainResults
@@ -52,9 +52,11 @@ def make_job(
     if num_workers < 1: raise UserError(f"--num-workers must be 1 or more, not {num_workers}.")
     llm = llm or settings.llm
     if llm != "embedded" and Path(llm).is_dir(): llm = str(Path(llm).absolute())  # a worker has another working directory
+    max_length = settings.max_length if max_length is None else max_length
+    check_max_length(llm, max_length)
     return TrainJob(str(dataset_loc), experiment_name or settings.experiment_name, config or TrainConfig(), llm, num_workers, cpu_per_worker,
                     gpu_per_worker, num_samples, pick_precision(precision, device), settings.seed if seed is None else seed,
-                    max_length or settings.max_length, table_digest(dataset_loc))
+                    max_length, settings.text_columns, settings.label_column, table_digest(dataset_loc))
 
 # %% ../nbs/04_train.ipynb #6bd5ee04
 def prepare_rows(
@@ -178,7 +180,7 @@ def train_model(
     config:TrainConfig|None=None, # hyperparameters; None: the defaults
     llm:str|None=None, # encoder: 'embedded', a Hugging Face id or directory; None: the setting
     num_workers:int=1, # Ray Train workers
-    cpu_per_worker:int|None=None, # CPUs of each worker; None: an equal part of the machine's
+    cpu_per_worker:int|None=None, # CPUs of each worker; None: an equal part of what a node has
     gpu_per_worker:int=0, # GPUs of each worker
     num_samples:int|None=None, # rows to use, stratified; None: all
     precision:str="auto", # 'auto', 'bf16' or 'fp32'
@@ -201,14 +203,14 @@ def place(
     copies:int=1, # such jobs at a time
 ) -> TrainJob:
     "The job with the CPUs of its workers settled for the cluster in use. Raises: UserError for what would wait for ever."
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    def room(kind: str, each: int) -> int: return sum(int(node.get(kind, 0)) // each for node in nodes)  # a worker lies on one node
     if job.cpu_per_worker is None:
-        per_node = -(-copies * job.num_workers // max(1, sum(cpus > 0 for cpus in nodes)))
-        job = dataclasses.replace(job, cpu_per_worker=max(1, int(max(nodes)) // per_node))
-    have = ray.cluster_resources()
+        most = int(max(node.get("CPU", 0) for node in nodes))
+        job = dataclasses.replace(job, cpu_per_worker=next((each for each in range(most, 1, -1) if room("CPU", each) >= copies * job.num_workers), 1))
     for kind, each in (("CPU", job.cpu_per_worker), ("GPU", job.gpu_per_worker)):
-        if each * job.num_workers > have.get(kind, 0):
-            raise UserError(f"{job.num_workers} worker(s) with {each} {kind}(s) each are asked for, the cluster has {have.get(kind, 0):g}.",
+        if each and room(kind, each) < job.num_workers:
+            raise UserError(f"{job.num_workers} worker(s) with {each} {kind}(s) each are asked for, the cluster has room for {room(kind, each)}.",
                             f"Lower --num-workers or --{kind.lower()}-per-worker.")
     return job
 

@@ -205,6 +205,6 @@ def _message(decision: TriggerResults) -> dict[str, Any]:
 
 def _plainly(error: requests.RequestException) -> str:
     "What went wrong, without the address that the library would name."
-    if isinstance(error, requests.exceptions.RetryError): return "it kept answering 429 or 5xx"
+    if isinstance(error, requests.exceptions.RetryError): return "it kept answering 429 or 50x"
     if isinstance(error, requests.Timeout) or "timed out" in str(error).lower(): return "no answer in time"
     return {"SSLError": "its certificate is not accepted", "ConnectionError": "nobody answers"}.get(type(error).__name__, type(error).__name__)

@@ -11,7 +11,7 @@ import dataclasses, json, math, os
 from pathlib import Path
 from typing import Any
 
-# Read when ray.tune is imported: no second set of loggers, and Ctrl-C ends the search instead of asking for a second one.
+# Ctrl-C ends the search, instead of asking for a second one.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 from .session import ray_session
 import matplotlib.pyplot as plt, numpy as np, optuna, yaml
@@ -72,6 +72,8 @@ def _checked_rule(name: str, rule: Any, fix: str) -> dict[str, list]:
         arguments = [_number(value) for value in arguments]
         if kind != "choice" and not float(arguments[0]) < float(arguments[1]): raise UserError(f"--search-space: {name!r}: {arguments[0]} is not below {arguments[1]}.")
         ends = arguments if kind == "choice" else [arguments[0], arguments[1] - 1 if "int" in kind else arguments[1]]
+        if "log" in kind and not arguments[0] > 0: raise ValueError("a logarithm needs values above 0")
+        if kind in ("uniform", "loguniform"): ends.append(arguments[0] + (arguments[1] - arguments[0]) / math.pi)  # no whole number
         for value in ends: TrainConfig(**{name: value})
     except (ValidationError, TypeError, ValueError) as error:
         message = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
@@ -97,7 +99,14 @@ def parse_initial_params(
     points = [point.get("train_loop_config", point) for point in points]
     for name in (name for point in points for name in point):
         if name not in space: raise UserError(f"--initial-params: {name!r} is not searched.", f"Searched are {', '.join(space)}.")
-    return [{name: point.get(name, getattr(config, name)) for name in space} for point in points]
+    whole = [{name: point.get(name, getattr(config, name)) for name in space} for point in points]
+    for point in whole:
+        try: TrainConfig(**config.model_dump() | point)
+        except ValidationError as error: raise UserError(f"--initial-params: {error.errors()[0]['loc'][0]!r}: {error.errors()[0]['msg']}.") from None
+        strange = [name for name, value in point.items() if value not in space[name].get("choice", [value])]
+        if strange and not text.strip(): return []
+        if strange: raise UserError(f"--initial-params: {strange[0]!r}: {point[strange[0]]} is not among the choices.", f"They are {', '.join(map(str, space[strange[0]]['choice']))}.")
+    return whole
 
 # %% ../nbs/05_tune.ipynb #03dd3a2f
 def run_trial(
@@ -212,7 +221,7 @@ def tune_model(
     name:str|None=None, # of the search; None: made from all of these
     llm:str|None=None, # encoder: 'embedded', a Hugging Face id or directory; None: the setting
     num_workers:int=1, # Ray Train workers of a trial
-    cpu_per_worker:int|None=None, # CPUs of each worker; None: an equal part of the machine's
+    cpu_per_worker:int|None=None, # CPUs of each worker; None: an equal part of what a node has
     gpu_per_worker:int=0, # GPUs of each worker
     num_samples:int|None=None, # rows to use, stratified; None: all
     precision:str="auto", # 'auto', 'bf16' or 'fp32'
@@ -296,7 +305,7 @@ def _conclude(name: str, job: TrainJob, parent_id: str, space: dict, points: lis
         if wrong := damage(folder): raise UserError(f"The best trial's checkpoint is damaged: {wrong}.")
         with calibrated(folder) as classifier: client.log_artifacts(parent_id, str(classifier), CHECKPOINT)
     best_params = job.config.model_dump() | best.params
-    first = next((trial for _, trial in sound if trial.params == points[0]), None)
+    first = next((trial for _, trial in sound if points and trial.params == points[0]), None)
     results = TuneResults(run_id=parent_id, name=name, experiment_name=job.experiment_name, dataset_loc=job.dataset_loc, dataset_digest=job.dataset_digest,
                           search_space=space, trials=[trial for _, trial in trials], best_trial=best.trial_id, best_params=best_params,
                           first_val_loss=first and first.val_loss, importance=importance([trial for _, trial in sound], space))
@@ -314,7 +323,7 @@ def importance(
     trials:list[Trial], # trials that reported something
     space:dict, # search space
 ) -> dict[str, float]:
-    "Share of each hyperparameter in the variance of the validation loss, largest first; empty with fewer than four trials or no variance."
+    "What each hyperparameter by itself explains of the variance of the validation loss, scaled to sum to 1, largest first; empty with fewer than four trials or no variance."
     if len(trials) < 4 or np.ptp([trial.val_loss for trial in trials]) == 0: return {}
     study, distributions = optuna.create_study(), {name: _distribution(rule, [trial.params[name] for trial in trials]) for name, rule in space.items()}
     study.add_trials([optuna.trial.create_trial(params=trial.params, distributions=distributions, value=trial.val_loss) for trial in trials])

@@ -276,8 +276,6 @@ def test_job_can_be_retried() -> None:
     assert manifest("storage.yaml")["spec"]["accessModes"] == ["ReadWriteMany"]
     group = job["rayClusterSpec"]["workerGroupSpecs"][0]
     assert int(options["--num-workers"]) <= group["replicas"], "the training would wait for a worker forever"
-    cpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
-    assert int(options["--cpu-per-worker"]) < cpus, "Ray Data needs a CPU beside the training"
 
 
 def test_names_meet() -> None:
