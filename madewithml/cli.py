@@ -33,7 +33,7 @@ _Results = Annotated[Optional[Path], _option("JSON file to write the results to"
 _Experiment = Annotated[Optional[str], _option("MLflow experiment [default: the setting]", "--experiment-name")]
 _Loop = Annotated[str, _option("hyperparameters as a JSON object, or @FILE that holds one; fields: " + ", ".join(TrainConfig.model_fields), "--train-loop-config")]
 _Workers = Annotated[int, _option("Ray Train workers", "--num-workers", min=1)]
-_Cpus = Annotated[Optional[int], _option("CPUs of each worker [default: an equal part of the machine's]", "--cpu-per-worker", min=1)]
+_Cpus = Annotated[Optional[int], _option("CPUs of each worker [default: an equal part of what a node has]", "--cpu-per-worker", min=1)]
 _Gpus = Annotated[int, _option("GPUs of each worker", "--gpu-per-worker", min=0)]
 _Samples = Annotated[Optional[int], _option("rows to use, stratified [default: all]", "--num-samples", min=1)]
 _Epochs = Annotated[Optional[int], _option("passes over the training rows", "--num-epochs", min=1)]
@@ -263,7 +263,7 @@ def deploy(
     model_name: _ModelName = None,
     timeout: Annotated[float, _option("seconds to wait", "--timeout", min=0)] = 60,
     token_file: _Token = "",
-    token_env: Annotated[str, _option("environment variable with the token, where there is no file", "--token-env")] = "",
+    token_env: Annotated[str, _option("environment variable with the token; wins over the file", "--token-env")] = "",
 ) -> None:
     "Wait until a service answers with the champion. Exit code 1 where it does not."
     from madewithml.rollout import await_version

@@ -40,7 +40,7 @@ def _start_node(name: str, options: list[str], host: str, temp: Path) -> int:
 def cluster_up(
     workers:int=2, # worker nodes
     cpus:int|None=None, # CPUs that each worker node offers; None: an equal part of the machine's, at least one
-    host:str="127.0.0.1", # address to bind to; anything else lets others reach the ports
+    host:str="127.0.0.1", # address of the nodes and the dashboard; anything else lets others reach the port that takes jobs
     memory:int=512, # object store of each node, MB
     wait:float=60, # seconds to wait for each node
 ) -> dict[str, Any]:

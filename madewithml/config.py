@@ -74,6 +74,7 @@ class Settings(BaseSettings):
     threshold: float = Field(0.5, ge=0, le=1, description="a prediction with less probability than this becomes `fallback_label`")
     fallback_label: str = Field("other", description="what an unsure prediction is called")
     seed: int = Field(42, ge=0, lt=2**32, description="seed of every random choice")
+    node_wait_s: float = Field(0.0, ge=0, le=86400, description="seconds to wait for nodes that a cluster makes when they are needed; 0: what there is must do")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="least level shown on the console")
 
     @field_validator("storage", "results")
@@ -295,7 +296,10 @@ def atomic_path(
         if path.is_dir():
             old = temporary.with_name(f"{temporary.name}.old")
             os.replace(path, old)
-            os.replace(temporary, path)
+            try: os.replace(temporary, path)
+            except OSError:
+                os.replace(old, path)
+                raise
             shutil.rmtree(old)
         else: os.replace(temporary, path)
     finally:

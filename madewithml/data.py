@@ -117,9 +117,7 @@ def read_labeled(
     rows = read_table(loc, (*settings.text_columns, settings.label_column))
     labels = rows[settings.label_column]
     empty = labels.isna() | (labels.astype(str).str.strip() == "")
-    if empty.any():
-        first, header = int(np.argmax(empty)), table_format(loc) == "csv"
-        raise UserError(f"{loc}: row {first + 2} (the header is row 1) has no {settings.label_column!r}." if header else f"{loc}: row {first + 1} has no {settings.label_column!r}.")
+    if empty.any(): raise UserError(f"{loc}: row {int(np.argmax(empty)) + 2} (the header is row 1) has no {settings.label_column!r}.")
     rows[settings.label_column] = labels.astype(str).str.strip()
     counts = rows[settings.label_column].value_counts()
     if counts.min() < min_rows:

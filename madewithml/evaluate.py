@@ -19,7 +19,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.pipeline import Pipeline, make_pipeline
 
-from .config import CheckFailed, UserError, get_settings, packaged_dir
+from .config import CheckFailed, Settings, UserError, get_settings, packaged_dir
 from .data import read_labeled, read_table, row_texts, table_digest
 from .models import label_names, load_classifier, predict_proba
 from .plots import INK, styled
@@ -121,12 +121,12 @@ def read_behavior(
     loc:str|Path|None=None, # table of cases; None: the embedded one
     names:list[str]|None=None, # labels of the model that is tested; None: those of the embedded table
 ) -> pd.DataFrame:
-    "The cases: `kind`, the text columns, the changed ones, `expected`; of the embedded table none where text columns or labels are called otherwise. Raises: UserError for an unknown kind."
+    "The cases: `kind`, the text columns, the changed ones, `expected`; of the embedded table none where the text columns are called otherwise, or where the model lacks a label of the embedded tables. Raises: UserError for an unknown kind."
     columns, embedded = get_settings().text_columns, packaged_dir("datasets") / "behavior.csv"
     wanted = ("kind", "expected", *columns, *(f"changed_{name}" for name in columns))
     if loc is None:
-        cases = pd.read_csv(embedded)
-        if not set(wanted) <= set(cases) or not (names is None or set(cases["expected"]) <= set(names)): return pd.DataFrame(columns=wanted)
+        labels = set(pd.read_csv(packaged_dir("datasets") / "dataset.csv")[Settings.model_fields["label_column"].default])
+        if not set(wanted) <= set(pd.read_csv(embedded, nrows=0)) or not labels <= set(labels if names is None else names): return pd.DataFrame(columns=wanted)
     loc = loc or embedded
     cases = read_table(loc, wanted).fillna("").astype(str)
     kinds = ("minimum functionality", "invariance", "directional")
@@ -143,7 +143,7 @@ def test_behavior(
     if not len(cases): return []
     judged = cases["kind"] != "invariance"
     if (wrong := judged & ~cases["expected"].isin(names)).any():
-        raise UserError(f"Behaviour test {int(np.argmax(wrong)) + 1} expects {cases['expected'][wrong].iloc[0]!r}, a label that the model does not know (known: {', '.join(names)}).")
+        raise UserError(f"Behaviour tests: row {int(np.argmax(wrong)) + 2} (the header is row 1) expects {cases['expected'][wrong].iloc[0]!r}, a label that the model does not know (known: {', '.join(names)}).")
     before, after = row_texts(cases), row_texts(pd.DataFrame({name: cases[f"changed_{name}"] for name in get_settings().text_columns}))
     first, second, expected = proba(before), proba(after), cases["expected"].map(lambda label: names.index(label) if label in names else -1).to_numpy()
     results = []
@@ -198,7 +198,7 @@ def evaluate_predictions(
         "slices": {name: scores(labels[mine], predicted[mine]) for name, mine in chosen.items()},
         "confusion": confusion_matrix(labels, predicted, labels=names).tolist(),
         "calibration": bins,
-        "mistakes": [Mistake(row=int(i), text=texts[i], label=labels[i], predicted=predicted[i], confidence=confidence[i]) for i in worst],
+        "mistakes": [Mistake(row=int(i) + 2, text=texts[i], label=labels[i], predicted=predicted[i], confidence=confidence[i]) for i in worst],
     }
 
 # %% ../nbs/06_evaluate.ipynb #f4a73834

@@ -6,7 +6,7 @@
 __all__ = ['OPEN', 'Metrics', 'Refused', 'send_json', 'bears_token', 'Guard']
 
 # %% ../nbs/09_guard.ipynb #dacd0dc6
-import asyncio, base64, binascii, hmac, json, os, time
+import asyncio, base64, binascii, contextlib, hmac, json, os, time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class Metrics:
     def text(self) -> bytes:
         "The sums over all replicas of this machine, in Prometheus's text format."
         for pid in {int(file.stem.rsplit("_", 1)[1]) for file in Path(self.folder).glob("gauge_livesum_*.db")}:
-            if not _alive(pid): multiprocess.mark_process_dead(pid, self.folder)
+            with contextlib.suppress(FileNotFoundError):  # another replica was faster
+                if not _alive(pid): multiprocess.mark_process_dead(pid, self.folder)
         registry = prometheus.CollectorRegistry()
         multiprocess.MultiProcessCollector(registry, self.folder)
         return prometheus.generate_latest(registry)

@@ -98,9 +98,15 @@ def check_max_length(
     max_length:int, # tokens of a text that it shall see
 ) -> None:
     "Raises: UserError for more tokens than the encoder has positions for, or where it cannot be had."
-    try: longest = getattr(AutoConfig.from_pretrained(encoder_source(llm)), "max_position_embeddings", None)
+    if max_length < 8: raise UserError(f"max_length is {max_length}, and must be 8 or more.")
+    try: config = AutoConfig.from_pretrained(encoder_source(llm))
     except (OSError, ValueError) as error: raise UserError(f"--llm {llm!r}: {str(error).splitlines()[0]}") from None
-    if max_length < 2 or longest and max_length > longest: raise UserError(f"max_length is {max_length}, the encoder {llm!r} sees {longest or 'any number of'} tokens.", "Use 8 or more, and no more than it sees.")
+    longest = getattr(config, "max_position_embeddings", 0) or 0
+    if longest <= 0 or not getattr(config, "position_biased_input", True): return  # it knows positions only relative to each other
+    if config.model_type in _COUNT_FROM_PADDING: longest -= config.pad_token_id + 1
+    if max_length > longest: raise UserError(f"max_length is {max_length}, the encoder {llm!r} sees {longest} tokens.")
+
+_COUNT_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet", "longformer", "data2vec-text", "xmod")  # their first position is the one behind the padding token's id
 
 def build_classifier(
     llm:str, # 'embedded', a Hugging Face id or a directory

@@ -83,10 +83,10 @@ def promote_model(
     decision = "promoted" if all(check.success for check in checks) else "forced" if force else "refused"
     results = PromoteResults(model_name=name, decision=decision, by=who_asks(), reason=reason if decision == "forced" else "", dataset_loc=str(dataset_loc), dataset_digest=table_digest(dataset_loc),
                              policy=policy.model_dump(), checks=checks, challenger=candidates[0], champion=champion, **_difference(rows, said))
-    connect_mlflow().log_text(versions[0][1], results.model_dump_json(indent=2), f"promotions/{results.timestamp.replace(':', '')}.json")
     with moving(name, seen):
         connect_mlflow().set_model_version_tag(name, str(versions[0][0]), "promotion", results.model_dump_json(include=_KEPT))
         if decision != "refused": move_champion(name, seen)
+    connect_mlflow().log_text(versions[0][1], results.model_dump_json(indent=2), f"promotions/{results.timestamp.replace(':', '')}.json")
     return results
 
 def _difference(rows: pd.DataFrame, said: list[np.ndarray]) -> dict[str, float]:

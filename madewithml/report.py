@@ -65,9 +65,9 @@ def _failed(results: EvaluateResults) -> str:
     return markdown_table(["kind", "text", "expected", "predicted"], [[case.kind, case.changed or case.text, case.expected, case.predicted] for case in results.behavior if not case.success])
 
 def _mistakes(results: EvaluateResults) -> str:
-    "The worst mistakes, their rows numbered as a CSV file numbers them: the header is row 1."
-    wrong = [[mistake.row + 2, mistake.text[:120] + "…" * (len(mistake.text) > 120), mistake.label, mistake.predicted, f"{mistake.confidence:.2f}"] for mistake in results.mistakes[:5]]
-    return markdown_table(["row", "text", "label", "predicted", "confidence"], wrong)
+    "The worst mistakes."
+    wrong = [[mistake.row, mistake.text[:120] + "…" * (len(mistake.text) > 120), mistake.label, mistake.predicted, f"{mistake.confidence:.2f}"] for mistake in results.mistakes[:5]]
+    return markdown_table(["row (header: 1)", "text", "label", "predicted", "confidence"], wrong)
 
 # %% ../nbs/11_report.ipynb #bbbdde02
 def _training(results: TrainResults) -> str:

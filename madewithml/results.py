@@ -94,8 +94,8 @@ class TuneResults(Results):
     trials: list[Trial]
     best_trial: str
     best_params: dict[str, Any] = Field(description="what `--train-loop-config` takes")
-    first_val_loss: float | None = Field(description="validation loss of the first initial point, the defaults unless told otherwise")
-    importance: dict[str, float] = Field(description="share of each hyperparameter in the variance of the validation loss")
+    first_val_loss: float | None = Field(description="validation loss of the first initial point, the defaults unless told otherwise; none where a default cannot come out of the search space")
+    importance: dict[str, float] = Field(description="what each hyperparameter by itself explains of the variance of the validation loss, scaled to sum to 1")
 
 # %% ../nbs/00_results.ipynb #d874558f
 class Scores(_Record):
@@ -135,7 +135,7 @@ class BehaviorCase(_Record):
 
 class Mistake(_Record):
     "A row the model got wrong."
-    row: int = Field(description="0-based row of the table")
+    row: int = Field(description="row of the table as a CSV file numbers it: the header is row 1")
     text: str
     label: str
     predicted: str

@@ -59,7 +59,7 @@ class Versions:
         try:
             with ThreadPoolExecutor(1, initializer=give_way, initargs=(self.niceness,)) as gentle:
                 self.engine = gentle.submit(Engine, checkpoint_dir(run_id), self.config.precision, self.config.runtime, version, run_id, self.config.threads).result()
-        except (UserError, RuntimeError) as error:  # a runtime may fail where its check did not
+        except UserError as error:
             self.refused = {"version": version, "reason": str(error)}
             raise
         self.refused = None

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt, ray, ray.train.torch, torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
+from ray.autoscaler.sdk import request_resources
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -203,16 +204,34 @@ def place(
     copies:int=1, # such jobs at a time
 ) -> TrainJob:
     "The job with the CPUs of its workers settled for the cluster in use. Raises: UserError for what would wait for ever."
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    def room(kind: str, each: int) -> int: return sum(int(node.get(kind, 0)) // each for node in nodes)  # a worker lies on one node
+    have = _wait_for_nodes(job)
     if job.cpu_per_worker is None:
-        most = int(max(node.get("CPU", 0) for node in nodes))
-        job = dataclasses.replace(job, cpu_per_worker=next((each for each in range(most, 1, -1) if room("CPU", each) >= copies * job.num_workers), 1))
-    for kind, each in (("CPU", job.cpu_per_worker), ("GPU", job.gpu_per_worker)):
-        if each and room(kind, each) < job.num_workers:
-            raise UserError(f"{job.num_workers} worker(s) with {each} {kind}(s) each are asked for, the cluster has room for {room(kind, each)}.",
-                            f"Lower --num-workers or --{kind.lower()}-per-worker.")
+        most = max((cpus for cpus, _ in _nodes()), default=0)
+        job = dataclasses.replace(job, cpu_per_worker=next((cpus for cpus in range(most, 1, -1) if _room(cpus, job.gpu_per_worker) >= copies * job.num_workers), 1))
+    if have < job.num_workers:
+        gpus = f" and {job.gpu_per_worker} GPU(s)" if job.gpu_per_worker else ""
+        raise UserError(f"{job.num_workers} worker(s) with {job.cpu_per_worker} CPU(s){gpus} each are asked for, the nodes of the cluster have room for {have}.",
+                        "Lower --num-workers or what each gets; for a cluster that makes nodes when they are needed, set MADEWITHML_NODE_WAIT_S.")
     return job
+
+def _nodes() -> list[tuple[int, int]]:
+    "CPUs and GPUs of each node."
+    return [(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))) for node in ray.nodes() if node["Alive"]]
+
+def _room(cpus: int, gpus: int) -> int:
+    "Workers that the nodes have room for when each gets so much; one lies on one node."
+    return sum(min(has_cpus // cpus, has_gpus // gpus if gpus else has_cpus) for has_cpus, has_gpus in _nodes())
+
+def _wait_for_nodes(job: TrainJob) -> int:
+    "Workers that there is room for, once it is enough or the time to wait is over; the cluster's autoscaler is told what is wanted."
+    cpus, until = job.cpu_per_worker or 1, time.monotonic() + get_settings().node_wait_s
+    if (have := _room(cpus, job.gpu_per_worker)) >= job.num_workers or not get_settings().node_wait_s: return have
+    get_logger().info(f"Waiting up to {get_settings().node_wait_s:g} s for nodes: {job.num_workers} worker(s) are wanted, there is room for {have}.")
+    request_resources(bundles=[{"CPU": cpus} | ({"GPU": job.gpu_per_worker} if job.gpu_per_worker else {})] * job.num_workers)
+    try:
+        while (have := _room(cpus, job.gpu_per_worker)) < job.num_workers and time.monotonic() < until: time.sleep(1)
+    finally: request_resources(bundles=[])  # from here on the training itself holds the nodes
+    return have
 
 @contextlib.contextmanager
 def _recording(run_id: str) -> Iterator[None]:

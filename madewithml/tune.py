@@ -101,11 +101,12 @@ def parse_initial_params(
         if name not in space: raise UserError(f"--initial-params: {name!r} is not searched.", f"Searched are {', '.join(space)}.")
     whole = [{name: point.get(name, getattr(config, name)) for name in space} for point in points]
     for point in whole:
-        try: TrainConfig(**config.model_dump() | point)
+        try: checked = TrainConfig(**config.model_dump() | point)
         except ValidationError as error: raise UserError(f"--initial-params: {error.errors()[0]['loc'][0]!r}: {error.errors()[0]['msg']}.") from None
-        strange = [name for name, value in point.items() if value not in space[name].get("choice", [value])]
+        point |= {name: getattr(checked, name) for name in point}
+        strange = [name for name, value in point.items() if value not in space[name].get("choice", [value]) or any("log" in kind and value <= 0 for kind in space[name])]
         if strange and not text.strip(): return []
-        if strange: raise UserError(f"--initial-params: {strange[0]!r}: {point[strange[0]]} is not among the choices.", f"They are {', '.join(map(str, space[strange[0]]['choice']))}.")
+        if strange: raise UserError(f"--initial-params: {strange[0]!r}: {point[strange[0]]} cannot come out of the search space.", "Name a value that can, in each point.")
     return whole
 
 # %% ../nbs/05_tune.ipynb #03dd3a2f

@@ -276,6 +276,8 @@ def test_job_can_be_retried() -> None:
     assert manifest("storage.yaml")["spec"]["accessModes"] == ["ReadWriteMany"]
     group = job["rayClusterSpec"]["workerGroupSpecs"][0]
     assert int(options["--num-workers"]) <= group["replicas"], "the training would wait for a worker forever"
+    cpus = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    assert int(options["--cpu-per-worker"]) <= cpus, "no node has room for a worker"
 
 
 def test_names_meet() -> None:

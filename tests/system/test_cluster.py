@@ -1,11 +1,19 @@
 """Tuning, a cluster of several nodes, a job sent to it, and a bucket for what must outlive a machine."""
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
 import mlflow
 import nbformat
+import psutil
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -60,6 +68,41 @@ def test_a_stranger_is_refused(cluster: Path) -> None:
     assert requests.post(state["dashboard"] + "/api/jobs/", json={"entrypoint": "true"}, timeout=10).status_code == 401
     done = run_cli("submit", "train", "--", *SMALL, cwd=cluster, RAY_AUTH_TOKEN="0" * 64)
     assert done.returncode == 2 and "No Ray cluster takes jobs" in done.stderr, done.stderr
+
+
+def test_waits_for_nodes_that_are_made_when_they_are_needed(tmp_path: Path) -> None:
+    """Ray's autoscaler, with its own provider of pretended nodes: none at first, and one when the training asks for it."""
+    kinds = {"worker": {"resources": {"CPU": 1, "object_store_memory": 200_000_000}, "node_config": {}, "min_workers": 0, "max_workers": 1},
+             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}}
+    provider = {"type": "fake_multinode", "head_node_id": "f" * 51 + "00000", "disable_node_updaters": True, "disable_launch_config_check": True}
+    lists = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")
+    (tmp_path / "cluster.json").write_text(json.dumps({
+        "cluster_name": "pretended", "max_workers": 1, "upscaling_speed": 1.0, "idle_timeout_minutes": 5, "head_node_type": "ray.head.default", "available_node_types": kinds, "provider": provider,
+        "auth": {}, "docker": {}, "file_mounts": {}, "file_mounts_sync_continuously": False, **{name: [] for name in lists}}))
+    with socket.socket() as free:
+        if not free.connect_ex(("127.0.0.1", 6379)):
+            pytest.skip("needs port 6379, where the pretended nodes look for their head")
+    temp = tempfile.mkdtemp()  # a socket's path must be short
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    environment = os.environ | token | {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--autoscaling-config={tmp_path / 'cluster.json'}", "--num-cpus=0", "--port=6379",
+               "--disable-usage-stats", "--include-dashboard=false", f"--temp-dir={temp}"]
+    with (tmp_path / "head.log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) as head:
+        try:
+            until = time.monotonic() + 60
+            while "--block" not in (tmp_path / "head.log").read_text() and time.monotonic() < until:
+                time.sleep(0.5)
+            command = ["train", "--dataset-loc", DATASET, *SMALL]
+            done = run_cli(*command, cwd=tmp_path, RAY_ADDRESS="127.0.0.1:6379", **token)
+            assert done.returncode == 2 and "room for 0" in done.stderr and "MADEWITHML_NODE_WAIT_S" in done.stderr, done.stderr
+            done = run_cli(*command, cwd=tmp_path, RAY_ADDRESS="127.0.0.1:6379", MADEWITHML_NODE_WAIT_S="120", **token)
+            assert done.returncode == 0 and "Waiting up to 120 s for nodes" in done.stderr, done.stderr
+        finally:
+            family = psutil.Process(head.pid).children(recursive=True)
+            head.terminate()
+            for process in psutil.wait_procs(family, timeout=30)[1]:
+                process.kill()
+            shutil.rmtree(temp)
 
 
 def test_killed_search_goes_on_from_the_finished_trials(tmp_path: Path) -> None:
