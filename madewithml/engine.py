@@ -9,6 +9,7 @@ __all__ = ['Forward', 'trace_graph', 'compile_graph', 'eager', 'cut_by_length', 
 import copy, os, sys, warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 sys.modules.setdefault("openvino_telemetry", None)  # with it, importing OpenVINO tells Google Analytics
@@ -36,6 +37,11 @@ def trace_graph(
         traced = torch.jit.trace(lambda tokens, mask: model(input_ids=tokens, attention_mask=mask).logits, (tokens, torch.ones_like(tokens)), check_trace=False)
     return openvino.convert_model(traced)
 
+@lru_cache(maxsize=1)
+def _core() -> openvino.Core:
+    "OpenVINO's core, one for the process: with the last one its plugin goes, and leaves the thread that loaded it with a signal stack that is not there."
+    return openvino.Core()
+
 def compile_graph(
     graph:openvino.Model, # a classifier
     precision:str, # 'bf16' or 'fp32'
@@ -43,7 +49,7 @@ def compile_graph(
     passes:int=1, # forward passes at once, which share the threads
 ) -> Forward:
     "The forward pass, which any thread may call; it is computed by threads of its own, as nice as the one that calls this."
-    compiled = openvino.Core().compile_model(graph, "CPU", {
+    compiled = _core().compile_model(graph, "CPU", {
         "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp32": "f32"}[precision], "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": passes,
         "ENABLE_CPU_PINNING": False})  # other replicas would be pinned to the same processors
     return lambda tokens, mask: compiled.infer_new_request([tokens, mask])[0]
