@@ -267,7 +267,7 @@ def _search(name: str, job: TrainJob, rows: tuple, space: dict, points: list[dic
     "Runs the trials, or goes on with those of a killed search."
     filesystem, path = locate(durable("tune"))
     trainable = tune.with_resources(tune.with_parameters(run_trial, job=job, rows=rows, root=durable("trials", name)), {"memory": 500e6})
-    run_config = tune.RunConfig(name=name, storage_path=path, storage_filesystem=filesystem, callbacks=[recorder], verbose=0)
+    run_config = tune.RunConfig(name=name, storage_path=path, storage_filesystem=filesystem, callbacks=[recorder], verbose=0, progress_reporter=tune.CLIReporter())  # silent at this level; the one for notebooks leaves an empty box
     if tune.Tuner.can_restore(f"{path}/{name}", filesystem):
         get_logger().info(f"search {name}: going on where it was stopped")
         return tune.Tuner.restore(f"{path}/{name}", trainable, storage_filesystem=filesystem, resume_unfinished=True, restart_errored=True).fit()
