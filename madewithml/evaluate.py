@@ -125,8 +125,9 @@ def read_behavior(
     columns, embedded = get_settings().text_columns, packaged_dir("datasets") / "behavior.csv"
     wanted = ("kind", "expected", *columns, *(f"changed_{name}" for name in columns))
     if loc is None:
-        labels = set(pd.read_csv(packaged_dir("datasets") / "dataset.csv")[Settings.model_fields["label_column"].default])
-        if not set(wanted) <= set(pd.read_csv(embedded, nrows=0)) or not labels <= set(labels if names is None else names): return pd.DataFrame(columns=wanted)
+        label = Settings.model_fields["label_column"].default
+        knows_all = names is None or set(pd.read_csv(packaged_dir("datasets") / "dataset.csv", usecols=[label])[label]) <= set(names)
+        if not knows_all or not set(wanted) <= set(pd.read_csv(embedded, nrows=0)): return pd.DataFrame(columns=wanted)
     loc = loc or embedded
     cases = read_table(loc, wanted).fillna("").astype(str)
     kinds = ("minimum functionality", "invariance", "directional")

@@ -86,12 +86,17 @@ def quiet_transformers() -> Iterator[None]:
         if bars: transformers_logging.enable_progress_bar()
 
 # %% ../nbs/03_models.ipynb #15b91d16
+@contextmanager
+def _told_plainly(llm: str) -> Iterator[None]:
+    "Turns what a library says of an encoder that cannot be had into a UserError."
+    try: yield
+    except (OSError, ValueError) as error: raise UserError(f"--llm {llm!r}: {str(error).splitlines()[0]}") from None
+
 def load_tokenizer(
     llm:str, # 'embedded', a Hugging Face id or a directory
 ) -> PreTrainedTokenizerFast:
     "The encoder's own tokenizer. Raises: UserError where it cannot be had."
-    try: return AutoTokenizer.from_pretrained(encoder_source(llm))
-    except (OSError, ValueError) as error: raise UserError(f"--llm {llm!r}: {str(error).splitlines()[0]}") from None
+    with _told_plainly(llm): return AutoTokenizer.from_pretrained(encoder_source(llm))
 
 def check_max_length(
     llm:str, # 'embedded', a Hugging Face id or a directory
@@ -99,8 +104,7 @@ def check_max_length(
 ) -> None:
     "Raises: UserError for more tokens than the encoder has positions for, or where it cannot be had."
     if max_length < 8: raise UserError(f"max_length is {max_length}, and must be 8 or more.")
-    try: config = AutoConfig.from_pretrained(encoder_source(llm))
-    except (OSError, ValueError) as error: raise UserError(f"--llm {llm!r}: {str(error).splitlines()[0]}") from None
+    with _told_plainly(llm): config = AutoConfig.from_pretrained(encoder_source(llm))
     longest = getattr(config, "max_position_embeddings", 0) or 0
     if longest <= 0 or not getattr(config, "position_biased_input", True): return  # it knows positions only relative to each other
     if config.model_type in _COUNT_FROM_PADDING: longest -= config.pad_token_id + 1
@@ -114,12 +118,10 @@ def build_classifier(
     dropout_p:float=0.1, # dropout in front of the classification layer, 0 to 1
 ) -> PreTrainedModel:
     "A classifier with a fresh classification layer, in fp32. Raises: UserError where the encoder cannot be had."
-    try:
-        with quiet_transformers():
-            config = AutoConfig.from_pretrained(encoder_source(llm), label2id=label2id, id2label={i: label for label, i in label2id.items()})
-            config.classifier_dropout = dropout_p
-            return AutoModelForSequenceClassification.from_pretrained(encoder_source(llm), config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error: raise UserError(f"--llm {llm!r}: {str(error).splitlines()[0]}") from None
+    with _told_plainly(llm), quiet_transformers():
+        config = AutoConfig.from_pretrained(encoder_source(llm), label2id=label2id, id2label={i: label for label, i in label2id.items()})
+        config.classifier_dropout = dropout_p
+        return AutoModelForSequenceClassification.from_pretrained(encoder_source(llm), config=config, dtype=torch.float32)
 
 # %% ../nbs/03_models.ipynb #58b615ba
 def model_inputs(
@@ -211,9 +213,7 @@ def load_encoder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     "The encoder without a classification layer, ready to embed, and its tokenizer. Raises: UserError where it cannot be had."
     tokenizer = load_tokenizer(llm)
-    try:
-        with quiet_transformers(): encoder = AutoModel.from_pretrained(encoder_source(llm), dtype=torch.float32)
-    except (OSError, ValueError) as error: raise UserError(f"--llm {llm!r}: {str(error).splitlines()[0]}") from None
+    with _told_plainly(llm), quiet_transformers(): encoder = AutoModel.from_pretrained(encoder_source(llm), dtype=torch.float32)
     return encoder.to(pick_device()).eval(), tokenizer
 
 def embed_texts(

@@ -206,8 +206,9 @@ def place(
     "The job with the CPUs of its workers settled for the cluster in use. Raises: UserError for what would wait for ever."
     have = _wait_for_nodes(job)
     if job.cpu_per_worker is None:
-        most = max((cpus for cpus, _ in _nodes()), default=0)
-        job = dataclasses.replace(job, cpu_per_worker=next((cpus for cpus in range(most, 1, -1) if _room(cpus, job.gpu_per_worker) >= copies * job.num_workers), 1))
+        nodes = _nodes()
+        most = max((cpus for cpus, _ in nodes), default=0)
+        job = dataclasses.replace(job, cpu_per_worker=next((cpus for cpus in range(most, 1, -1) if _room(nodes, cpus, job.gpu_per_worker) >= copies * job.num_workers), 1))
     if have < job.num_workers:
         gpus = f" and {job.gpu_per_worker} GPU(s)" if job.gpu_per_worker else ""
         raise UserError(f"{job.num_workers} worker(s) with {job.cpu_per_worker} CPU(s){gpus} each are asked for, the nodes of the cluster have room for {have}.",
@@ -218,18 +219,19 @@ def _nodes() -> list[tuple[int, int]]:
     "CPUs and GPUs of each node."
     return [(int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0))) for node in ray.nodes() if node["Alive"]]
 
-def _room(cpus: int, gpus: int) -> int:
+def _room(nodes: list[tuple[int, int]], cpus: int, gpus: int) -> int:
     "Workers that the nodes have room for when each gets so much; one lies on one node."
-    return sum(min(has_cpus // cpus, has_gpus // gpus if gpus else has_cpus) for has_cpus, has_gpus in _nodes())
+    return sum(min(has_cpus // cpus, has_gpus // gpus if gpus else has_cpus) for has_cpus, has_gpus in nodes)
 
 def _wait_for_nodes(job: TrainJob) -> int:
     "Workers that there is room for, once it is enough or the time to wait is over; the cluster's autoscaler is told what is wanted."
-    cpus, until = job.cpu_per_worker or 1, time.monotonic() + get_settings().node_wait_s
-    if (have := _room(cpus, job.gpu_per_worker)) >= job.num_workers or not get_settings().node_wait_s: return have
-    get_logger().info(f"Waiting up to {get_settings().node_wait_s:g} s for nodes: {job.num_workers} worker(s) are wanted, there is room for {have}.")
+    cpus, wait = job.cpu_per_worker or 1, get_settings().node_wait_s
+    if (have := _room(_nodes(), cpus, job.gpu_per_worker)) >= job.num_workers or not wait: return have
+    until = time.monotonic() + wait
+    get_logger().info(f"Waiting up to {wait:g} s for nodes: {job.num_workers} worker(s) are wanted, there is room for {have}.")
     request_resources(bundles=[{"CPU": cpus} | ({"GPU": job.gpu_per_worker} if job.gpu_per_worker else {})] * job.num_workers)
     try:
-        while (have := _room(cpus, job.gpu_per_worker)) < job.num_workers and time.monotonic() < until: time.sleep(1)
+        while (have := _room(_nodes(), cpus, job.gpu_per_worker)) < job.num_workers and time.monotonic() < until: time.sleep(1)
     finally: request_resources(bundles=[])  # from here on the training itself holds the nodes
     return have
 
