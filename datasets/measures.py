@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from madewithml.data import read_labeled, read_table, row_texts
-from madewithml.evaluate import baseline_f1, scores
+from madewithml.data import read_labeled_table, read_table, build_texts
+from madewithml.evaluate import baseline_f1, classification_metrics
 
 FOLDER = Path(__file__).parent
 MAX_JACCARD, MAX_COSINE, MAX_BASELINE, MIN_FOREIGN = 0.8, 0.45, 0.90, 0.85
@@ -39,25 +39,25 @@ def retellings(texts: list[str], limit: float = MAX_COSINE) -> list[tuple[float,
 
 def foreign_f1(run_id: str, loc: str) -> float:
     """Weighted F1 of a trained run on a table from elsewhere."""
-    from madewithml.models import label_names, load_classifier, predict_proba
-    from madewithml.tracking import checkpoint_dir
-    model, tokenizer = load_classifier(checkpoint_dir(run_id))
-    rows = read_labeled(loc)
-    names, predicted = label_names(model), predict_proba(model, tokenizer, row_texts(rows)).argmax(1)
-    return scores(rows["tag"].to_numpy(), [names[i] for i in predicted]).f1
+    from madewithml.models import class_names, load_classifier, predict_proba
+    from madewithml.tracking import fetch_checkpoint
+    model, tokenizer = load_classifier(fetch_checkpoint(run_id))
+    rows = read_labeled_table(loc)
+    names, predicted = class_names(model), predict_proba(model, tokenizer, build_texts(rows)).argmax(1)
+    return classification_metrics(rows["tag"].to_numpy(), [names[i] for i in predicted]).f1
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-run", help="MLflow run trained on dataset.csv alone")
-    parser.add_argument("--foreign", help="labelled table from elsewhere")
+    parser.add_argument("--foreign", help="labeled table from elsewhere")
     options = parser.parse_args()
-    train, holdout, unlabeled = read_labeled(FOLDER / "dataset.csv"), read_labeled(FOLDER / "holdout.csv"), read_table(FOLDER / "unlabeled.csv")
+    train, holdout, unlabeled = read_labeled_table(FOLDER / "dataset.csv"), read_labeled_table(FOLDER / "holdout.csv"), read_table(FOLDER / "unlabeled.csv")
     everything = pd.concat([train, holdout, unlabeled], ignore_index=True)
     words = everything.apply(lambda row: len(f"{row['title']} {row['description']}".split()), axis=1)
     print(pd.DataFrame({"dataset.csv": train["tag"].value_counts(), "holdout.csv": holdout["tag"].value_counts()}).to_string())
-    print(f"rows: {len(train)} + {len(holdout)} + {len(unlabeled)} unlabelled; words: {words.min()} to {words.max()}, median {words.median():.0f}")
-    texts, baseline = row_texts(everything), baseline_f1(train, holdout)
+    print(f"rows: {len(train)} + {len(holdout)} + {len(unlabeled)} unlabeled; words: {words.min()} to {words.max()}, median {words.median():.0f}")
+    texts, baseline = build_texts(everything), baseline_f1(train, holdout)
     pairs, told_twice = near_duplicates(texts), retellings(texts)
     results = [(f"near duplicates (token Jaccard over {MAX_JACCARD})", len(pairs), "none", not pairs),
                (f"told twice (TF-IDF cosine over {MAX_COSINE})", len(told_twice), "none", not told_twice),

@@ -79,7 +79,7 @@ def _handler(hub: GitHub) -> type[BaseHTTPRequestHandler]:
             parts = urlsplit(self.path)
             query = {name: values[0] for name, values in parse_qs(parts.query).items()}
             body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
-            if parts.path.startswith("/store/"):  # where artefacts lie is another host, which must not see the token
+            if parts.path.startswith("/store/"):  # where artifacts lie is another host, which must not see the token
                 artifact = hub.artifacts[int(parts.path.rsplit("/", 1)[1]) - 1]
                 return self.send(200, artifact["content"]) if "Authorization" not in self.headers else self.send(400, b"")
             permissions = hub.tokens.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))

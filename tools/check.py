@@ -69,7 +69,7 @@ def test_notebooks(slow: bool) -> int:
     chosen = f"flags='slow', file_re='{slow_notebooks()}', n_workers=1" if slow else "n_workers=2"
     code = f"import sys; sys.argv = sys.argv[:1]; from nbdev.test import nbdev_test; nbdev_test({chosen}, timing=True)"
     with tempfile.TemporaryDirectory() as work:
-        variables = {"MADEWITHML_STORAGE": f"{work}/storage", "MADEWITHML_RESULTS": f"{work}/results", "OMP_WAIT_POLICY": "PASSIVE"}
+        variables = {"MADEWITHML_STORAGE_DIR": f"{work}/storage", "MADEWITHML_RESULTS_DIR": f"{work}/results", "OMP_WAIT_POLICY": "PASSIVE"}
         return subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, env=os.environ | variables, check=False).returncode
 
 

@@ -69,7 +69,7 @@ def linked(text: str, symbols: dict[str, str], here: str = "") -> str:
 
 
 def shown_outputs(cell: nbformat.NotebookNode, marks: set[str]) -> list[nbformat.NotebookNode]:
-    """Outputs that a page can show: no widgets, which need a kernel, and no colours of a terminal."""
+    """Outputs that a page can show: no widgets, which need a kernel, and no colors of a terminal."""
     if marks & NO_OUTPUT:
         return []
     outputs = []
@@ -114,7 +114,7 @@ def notebook_page(path: Path, symbols: dict[str, str], exported: list[str]) -> s
 def place(kind: str, module: str, symbol: str) -> str:
     """Name of the place where an exported name stands: kind 'ref' in the reference, 'nb' in the notebook.
 
-    Sphinx does not tell `service`, `Service` and `SERVICE` apart, so the name says which of these it is."""
+    Sphinx does not tell `service`, `PredictionService` and `SERVICE` apart, so the name says which of these it is."""
     case = "constant-" if symbol.isupper() else "class-" if symbol[0].isupper() else ""
     return f"{kind}-{module}-{case}{symbol}"
 

@@ -101,9 +101,9 @@ def guard_cluster(config: dict) -> None:
         assert len(start) == 1 and start[0].startswith("RAY_AUTH_MODE=token ray start "), f"{role} starts without authentication"
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][1]
     assert "--dashboard-host" not in " ".join(config["worker_start_ray_commands"])
-    assert {"MADEWITHML_SHARED", "MADEWITHML_TRACKING_URI"} <= set(env) and env["MADEWITHML_SHARED"].startswith(("s3://", "/"))
-    if env["MADEWITHML_SHARED"].startswith("/"):
-        assert any(option.endswith(f":{env['MADEWITHML_SHARED']}") for option in run_options), "the shared directory is not mounted"
+    assert {"MADEWITHML_SHARED_URI", "MADEWITHML_TRACKING_URI"} <= set(env) and env["MADEWITHML_SHARED_URI"].startswith(("s3://", "/"))
+    if env["MADEWITHML_SHARED_URI"].startswith("/"):
+        assert any(option.endswith(f":{env['MADEWITHML_SHARED_URI']}") for option in run_options), "the shared directory is not mounted"
     assert config["idle_timeout_minutes"] > 0
     for name, node in config.get("available_node_types", {}).items():
         assert not node["node_config"].keys() & {"SubnetIds", "KeyName"}, "these are an operator's own"
@@ -205,8 +205,8 @@ def guard_pods(document: dict) -> None:
             env = {entry["name"]: entry["value"] for entry in container.get("env", [])}
             assert not any("TOKEN" in name for name in env), "the token comes from the Secret, by KubeRay"
             if mounts:
-                assert env["MADEWITHML_SHARED"] == mounts["shared"] and env["MADEWITHML_TRACKING_URI"]
-                assert image_env()["MADEWITHML_STORAGE"] == mounts["scratch"]
+                assert env["MADEWITHML_SHARED_URI"] == mounts["shared"] and env["MADEWITHML_TRACKING_URI"]
+                assert image_env()["MADEWITHML_STORAGE_DIR"] == mounts["scratch"]
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
@@ -312,8 +312,8 @@ def test_serve_config() -> None:
     assert spec["serveConfigV2"] == (DEPLOY / "serve.yaml").read_text(encoding="utf-8")
     config = parse_serve(spec["serveConfigV2"])
     asked = ServeConfig(**config.applications[0].args)
-    assert config.http_options.request_timeout_s > max(asked.deadline_s, asked.evaluate_deadline_s)
-    assert config.applications[0].deployments[0].max_ongoing_requests > asked.max_waiting
+    assert config.http_options.request_timeout_s > max(asked.request_timeout_s, asked.evaluate_timeout_s)
+    assert config.applications[0].deployments[0].max_ongoing_requests > asked.max_queued
     assert [(application.name, application.import_path) for application in config.applications] == [("madewithml", "madewithml.serve:build")]
     assert config.http_options.port == 8000 and config.http_options.request_timeout_s
     assert spec["upgradeStrategy"]["type"] == "NewCluster" and spec["excludeHeadPodFromServeSvc"]
@@ -336,17 +336,17 @@ def test_broken_serve_config_is_refused(old: str, new: str) -> None:
 
 
 def test_promotion_policy_shows_the_defaults() -> None:
-    from madewithml.config import PromotionPolicy, read_policy
+    from madewithml.config import PromotionPolicy, load_promotion_policy
 
     assert yaml.safe_load((DEPLOY / "promotion.yaml").read_text(encoding="utf-8")) == PromotionPolicy().model_dump()
-    assert read_policy(DEPLOY / "promotion.yaml") == PromotionPolicy()
+    assert load_promotion_policy(DEPLOY / "promotion.yaml") == PromotionPolicy()
 
 
 def test_trigger_policy_shows_the_defaults() -> None:
-    from madewithml.config import TriggerPolicy, read_trigger_policy
+    from madewithml.config import TriggerPolicy, load_trigger_policy
 
     assert yaml.safe_load((DEPLOY / "trigger.yaml").read_text(encoding="utf-8")) == TriggerPolicy().model_dump()
-    assert read_trigger_policy(DEPLOY / "trigger.yaml") == TriggerPolicy()
+    assert load_trigger_policy(DEPLOY / "trigger.yaml") == TriggerPolicy()
 
 
 # --- the image
@@ -389,7 +389,7 @@ def test_dockerfile() -> None:
     assert all(tool in text for tool in ("rsync", "openssh-client", "wget")), "Ray's launcher and KubeRay's probes call these"
     env = image_env()
     expected = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_AUTH_MODE": "token", "HOME": "/home/ray"}
-    assert env.items() >= expected.items() and env["MADEWITHML_STORAGE"].startswith(env["HOME"])
+    assert env.items() >= expected.items() and env["MADEWITHML_STORAGE_DIR"].startswith(env["HOME"])
 
 
 @pytest.mark.parametrize(("old", "new"), [

@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "datasets"))
 import measures  # noqa: E402
 
-from madewithml.data import read_labeled, read_table, row_texts  # noqa: E402
+from madewithml.data import read_labeled_table, read_table, build_texts  # noqa: E402
 from madewithml.evaluate import baseline_f1  # noqa: E402
-from madewithml.quality import validate_dataset  # noqa: E402
+from madewithml.data_validation import validate_dataset  # noqa: E402
 
 TAGS = ["computer-vision", "mlops", "natural-language-processing", "other"]
 TABLES = {"dataset.csv": 1000, "holdout.csv": 250, "unlabeled.csv": 200}
@@ -31,8 +31,8 @@ def test_size_and_columns(name: str, least: int) -> None:
 
 def test_no_row_twice(everything: pd.DataFrame) -> None:
     assert everything["id"].is_unique
-    assert measures.near_duplicates(row_texts(everything)) == []
-    assert measures.retellings(row_texts(everything)) == []
+    assert measures.near_duplicates(build_texts(everything)) == []
+    assert measures.retellings(build_texts(everything)) == []
 
 
 def test_near_duplicates_are_found() -> None:
@@ -52,5 +52,5 @@ def test_expectations(name: str) -> None:
 
 
 def test_a_counter_of_words_is_not_enough() -> None:
-    train, holdout = (read_labeled(ROOT / "datasets" / name) for name in ("dataset.csv", "holdout.csv"))
+    train, holdout = (read_labeled_table(ROOT / "datasets" / name) for name in ("dataset.csv", "holdout.csv"))
     assert 0.6 < baseline_f1(train, holdout) < measures.MAX_BASELINE

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from madewithml.evaluate import read_behavior, test_behavior
+from madewithml.evaluate import read_behavioral_tests, run_behavioral_tests
 from madewithml.predict import Predictor
 
 
@@ -17,8 +17,8 @@ def predictor(trained) -> Predictor:
 
 @pytest.mark.parametrize(("kind", "least"), [("minimum functionality", 0.9), ("invariance", 0.9), ("directional", 0.7)])
 def test_behavior_of(kind: str, least: float, predictor: Predictor) -> None:
-    cases = read_behavior()
-    outcome = test_behavior(cases[cases["kind"] == kind].reset_index(drop=True), predictor.proba, predictor.labels)
+    cases = read_behavioral_tests()
+    outcome = run_behavioral_tests(cases[cases["kind"] == kind].reset_index(drop=True), predictor.predict_proba, predictor.labels)
     failed = [case for case in outcome if not case.success]
     assert len(outcome) >= 8
     assert len(failed) <= (1 - least) * len(outcome), failed
@@ -38,6 +38,6 @@ def test_confidence_means_something(trained) -> None:
 
 
 def test_empty_and_long_texts_get_an_answer(predictor: Predictor) -> None:
-    probabilities = predictor.proba(["", "word " * 5000, "🙂", "\x00\ufffd"])
+    probabilities = predictor.predict_proba(["", "word " * 5000, "🙂", "\x00\ufffd"])
     assert probabilities.shape == (4, 4)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)

@@ -31,7 +31,7 @@ def plant(folder: str, victim: str, point: str, driver: int) -> None:
     """Replaces what the point names in this worker, and notes each step."""
     import ray.train.v2._internal.execution.storage as ray_storage
 
-    import madewithml.worker as worker
+    import madewithml.train_worker as worker
 
     kind, _, number = point.partition(":")
     step, seal, copy = worker.Events.step, worker.seal, ray_storage._pyarrow_fs_copy_files

@@ -4,12 +4,12 @@ import sys
 from ray import serve
 
 from madewithml.config import ServeConfig
-from madewithml.serve import Classifier, service
+from madewithml.serve import ClassifierDeployment, run_service
 
 config = ServeConfig()
-with service(config, port=int(sys.argv[1])):
+with run_service(config, port=int(sys.argv[1])):
     print("Ctrl-C ends it", flush=True)
     for line in sys.stdin:
         options = {"num_cpus": 0.5, "runtime_env": {"env_vars": {"MADEWITHML_GIT_COMMIT": line.strip()}}}
-        serve.run(Classifier.options(ray_actor_options=options).bind(config), name="madewithml", route_prefix="/")
+        serve.run(ClassifierDeployment.options(ray_actor_options=options).bind(config), name="madewithml", route_prefix="/")
         print(line.strip(), flush=True)

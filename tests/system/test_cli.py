@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from madewithml.results import RESULTS
+from madewithml.schemas import RESULT_SCHEMAS
 from tests.conftest import ROOT, call_cli, run_cli
 
 HEADER = "id,created_on,title,description,tag\n"
@@ -70,7 +70,7 @@ def test_bad_setting(tmp_path: Path) -> None:
 def test_run_wrote_everything(trained) -> None:
     """Each workload left its results, of their schema, and its executed notebook."""
     for name in ("validate", "train", "evaluate", "predict", "register"):
-        RESULTS[name].model_validate(trained.json(name))
+        RESULT_SCHEMAS[name].model_validate(trained.json(name))
         notebook = nbformat.read(trained.results / f"{name}.ipynb", as_version=4)
         assert any("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells)
         assert any(cell.get("outputs") for cell in notebook.cells)
@@ -134,8 +134,8 @@ def test_serve_takes_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     from madewithml.cli import app
     seen, command = [], ["serve", "--config"]
     monkeypatch.setattr(serve, "serve_forever", lambda config, *_: seen.append(config.model_dump(mode="json")))
-    config = {"alias": "challenger", "run_id": "abc", "model_name": "other", "precision": "fp32", "runtime": "torch", "shadow": True, "token_file": "token", "data_roots": ["tables"], "log_dir": "log",
-              "log_sample": 0.5, "log_text": "keep"}
+    config = {"alias": "challenger", "run_id": "abc", "model_name": "other", "precision": "fp32", "runtime": "torch", "shadow": True, "token_file": "token", "allowed_data_dirs": ["tables"], "log_dir": "log",
+              "log_sample_rate": 0.5, "log_text": "keep"}
     options = ["--alias", "previous", "--token-file", "/other/token", "--log-text", "hash"]
     for more in ([], options):
         assert CliRunner().invoke(app, [*command, json.dumps(config), *more]).exit_code == 0

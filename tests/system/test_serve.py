@@ -83,7 +83,7 @@ def serving(run: Run, *options: str, driver: Path | None = None, **variables: st
 def served(trained: Run) -> Iterator[Served]:
     done = trained.cli("promote")
     assert done.returncode == 0, done.stdout + done.stderr
-    with serving(trained, "--log-dir", str(trained.folder / "log"), "--data-root", str(ROOT / "datasets"), "--config", '{"log_seconds": 1, "watch_s": 0.5}') as service:
+    with serving(trained, "--log-dir", str(trained.folder / "log"), "--allowed-data-dir", str(ROOT / "datasets"), "--config", '{"log_flush_interval_s": 1, "poll_interval_s": 0.5}') as service:
         yield service
 
 
@@ -102,7 +102,7 @@ def test_courses_clients(served: Served) -> None:
 def test_health_version_metrics(served: Served) -> None:
     assert served.ask("/v2/health/live")[1] == {"live": True} and served.ask("/v2/health/ready")[1] == {"ready": True}
     about = served.ask("/version")[1]
-    assert (about["version"], about["alias"], about["refused"], len(about["labels"])) == (1, "champion", None, 4)
+    assert (about["version"], about["alias"], about["rejected"], len(about["labels"])) == (1, "champion", None, 4)
     served.ask("/predict/", [ITEM] * 3)
     text = served.ask("/metrics")[1]
     for name in ("madewithml_requests_total{route=\"/predict/\",status=\"200\"}", "madewithml_predictions_total{label=\"computer-vision\",version=\"1\"}", "madewithml_request_seconds_bucket",
@@ -258,7 +258,7 @@ def test_what_a_stranger_on_the_network_can_reach(served: Served, tmp_path: Path
     import grpc
     from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-    refused, bomb = [], tmp_path / "exploded"
+    rejected, bomb = [], tmp_path / "exploded"
     for port, name in listening(served).items():
         assert "haproxy" not in name, name
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
@@ -273,9 +273,9 @@ def test_what_a_stranger_on_the_network_can_reach(served: Served, tmp_path: Path
             request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(Bomb(bomb)))
             serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(request, timeout=2)
         if error.value.code() == grpc.StatusCode.UNAUTHENTICATED:
-            refused.append(name)
+            rejected.append(name)
     assert not bomb.exists()
-    assert any("ServeRepli" in name for name in refused), refused
+    assert any("ServeRepli" in name for name in rejected), rejected
 
 
 def test_predictions_are_logged(served: Served) -> None:
@@ -290,12 +290,12 @@ def test_new_champion_answers_and_damaged_one_does_not(served: Served) -> None:
     """The service moves to another version in place; a damaged one never answers; and rollback brings the first one back."""
     code = """
 import sys
-from madewithml.tracking import CHECKPOINT, checkpoint_dir, connect_mlflow, get_run
-client, old = connect_mlflow(), sys.argv[1]
+from madewithml.tracking import CHECKPOINT, fetch_checkpoint, mlflow_client, get_run
+client, old = mlflow_client(), sys.argv[1]
 run = client.create_run(get_run(old).info.experiment_id).info
-client.log_artifacts(run.run_id, str(checkpoint_dir(old)), CHECKPOINT)
+client.log_artifacts(run.run_id, str(fetch_checkpoint(old)), CHECKPOINT)
 if sys.argv[2] == "damage":
-    file = checkpoint_dir(run.run_id) / "model.safetensors"
+    file = fetch_checkpoint(run.run_id) / "model.safetensors"
     content = bytearray(file.read_bytes()); content[-100] ^= 1; file.write_bytes(content)
 client.set_registered_model_alias("madewithml", "previous", client.get_registered_model("madewithml").aliases["champion"])
 client.set_registered_model_alias("madewithml", "champion", client.create_model_version("madewithml", run.artifact_uri, run.run_id).version)
@@ -311,10 +311,10 @@ client.set_registered_model_alias("madewithml", "champion", client.create_model_
 
     new_champion("damage")
     done = served.run.cli("deploy", "--url", served.url, "--timeout", "5")
-    assert done.returncode == 1 and "version 2 answers; refused" in done.stderr, done.stdout + done.stderr
+    assert done.returncode == 1 and "version 2 answers; rejected" in done.stderr, done.stdout + done.stderr
     assert served.ask("/predict/", ITEM)[1]["version"] == 2
-    assert served.ask("/version")[1]["refused"]["version"] == 3
+    assert served.ask("/version")[1]["rejected"]["version"] == 3
 
     assert json.loads(served.run.cli("rollback", "--reason", "version 3 is damaged").stdout) == {"champion": 2, "previous": 3}
     assert served.run.cli("deploy", "--url", served.url).returncode == 0
-    assert served.ask("/version")[1]["refused"] is None
+    assert served.ask("/version")[1]["rejected"] is None

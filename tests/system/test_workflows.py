@@ -12,9 +12,9 @@ import mistune
 import pandas as pd
 import pytest
 
-from madewithml.comment import MARKER
+from madewithml.pr_comment import MARKER
 from madewithml.data import stratified_split
-from madewithml.results import Candidate, EvaluateResults, PromoteResults
+from madewithml.schemas import CandidateMetrics, EvaluateResults, PromoteResults
 
 from ..actions import BOT, REPOSITORY, GitHub, Played, github, play, zipped
 from ..conftest import ROOT, Run
@@ -49,7 +49,7 @@ def results(run: Run) -> dict[str, dict]:
     """The results of a run, with what the gate would have measured."""
     found = {name: run.json(name) for name in ("validate", "train", "evaluate", "predict", "register")}
     judged = EvaluateResults.model_validate(found["evaluate"])
-    measured = Candidate(version=1, run_id=judged.run_id, p50_ms=5, p99_ms=9, size_mb=91, **judged.model_dump(include={"overall", "per_class", "slices", "behavior"}))
+    measured = CandidateMetrics(version=1, run_id=judged.run_id, p50_ms=5, p99_ms=9, size_mb=91, **judged.model_dump(include={"overall", "per_class", "slices", "behavior"}))
     gated = PromoteResults(model_name="m", decision="promoted", by="runner", reason="", dataset_loc="h", dataset_digest="h", policy={}, checks=[], challenger=measured)
     return found | {"promote": gated.model_dump()}
 
@@ -63,7 +63,7 @@ def ours(hub: GitHub) -> list[dict]:
 
 
 def test_comment_is_made_kept_up_to_date_and_guarded(trained: Run, hub: GitHub, tmp_path: Path) -> None:
-    """The first run makes the comment, later ones replace it; a forged artefact changes nothing; nobody else's comment is touched."""
+    """The first run makes the comment, later ones replace it; a forged artifact changes nothing; nobody else's comment is touched."""
     found = results(trained)
     hub.runs.append({"id": 50, "workflow": "serve.yaml", "branch": "main", "event": "push", "status": "completed"})
     hub.upload(50, "results", zipped(files(found)))
@@ -89,7 +89,7 @@ def test_comment_is_made_kept_up_to_date_and_guarded(trained: Run, hub: GitHub, 
     before = json.dumps(hub.comments)
     hub.upload(103, "results", zipped(files(found) | {"../../.bashrc": "x"}))
     done = comment(hub, tmp_path, workflow_run(3))
-    assert done.outcome["Comment"] == "failure" and "Check failed: The artefact is refused: it holds '../../.bashrc'" in done.said["Comment"], done.said
+    assert done.outcome["Comment"] == "failure" and "Check failed: The artifact is rejected: it holds '../../.bashrc'" in done.said["Comment"], done.said
     hub.upload(104, "results", zipped(files(found)))
     done = comment(hub, tmp_path, workflow_run(4, head_sha="0" * 40))  # the pull request has moved on
     assert done.success and "nothing to say" in done.said["Comment"], done.said
@@ -126,14 +126,14 @@ def test_whole_loop(hub: GitHub, tmp_path: Path) -> None:
     origin, checkout, place = tmp_path / "origin", tmp_path / "checkout", tmp_path / "place"
     (place / "new").mkdir(parents=True)
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(origin)], check=True)
-    rest, first = stratified_split(pd.read_csv(ROOT / "datasets" / "dataset.csv"), 0.2, seed=0)  # a team that has labelled little so far
+    rest, first = stratified_split(pd.read_csv(ROOT / "datasets" / "dataset.csv"), 0.2, seed=0)  # a team that has labeled little so far
     first.to_csv(origin / "datasets" / "dataset.csv", index=False)
     gate = origin / "deploy" / "promotion.yaml"
     text = gate.read_text(encoding="utf-8")
     gate.write_text(text.replace("max_new_behavior_failures: 0", "max_new_behavior_failures: 3"), encoding="utf-8")  # what a model of 120 rows passes, it passes by luck
     assert gate.read_text(encoding="utf-8") != text
     subprocess.run(["git", "-C", str(origin), "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "--quiet", "--all", "--message", "The first rows"], check=True)
-    secrets = {"MADEWITHML_SHARED": str(place / "shared"), "MADEWITHML_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
+    secrets = {"MADEWITHML_SHARED_URI": str(place / "shared"), "MADEWITHML_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
 
     def merge(number: int, options: str, url: str = "", before: dict | None = None) -> Played:
         contexts = {"github": {"sha": f"{number:040x}", "run_id": number}, "secrets": secrets, "vars": {"WORKLOADS_OPTIONS": options, "MADEWITHML_URL": url}}
@@ -146,14 +146,14 @@ def test_whole_loop(hub: GitHub, tmp_path: Path) -> None:
 
     known = pd.read_csv(ROOT / "datasets" / "holdout.csv").fillna("")[["title", "description"]].to_dict("records")
     strange = pd.read_csv(ROOT / "datasets" / "offtopic.csv").fillna("")
-    options = ("--config", '{"watch_s": 0.5, "log_seconds": 1, "log_text": "keep"}', "--log-dir", str(place / "log"))
-    with serving(Run(place), *options, **secrets, MADEWITHML_STORAGE=str(place / "storage"), PYTHONPATH=str(origin)) as service:
+    options = ("--config", '{"poll_interval_s": 0.5, "log_flush_interval_s": 1, "log_text": "keep"}', "--log-dir", str(place / "log"))
+    with serving(Run(place), *options, **secrets, MADEWITHML_STORAGE_DIR=str(place / "storage"), PYTHONPATH=str(origin)) as service:
         traffic = Traffic(service, known)
         traffic.start()
 
         def answers_with(version: int) -> None:
             about = service.ask("/version")[1]
-            assert about["version"] == version and about["refused"] is None, about
+            assert about["version"] == version and about["rejected"] is None, about
 
         answers_with(1)
         contexts = {"github": {"run_id": 101, "event_name": "pull_request"}, "vars": {"WORKLOADS_OPTIONS": "--num-epochs 2"}}  # from a fork: no secret
@@ -173,7 +173,7 @@ def test_whole_loop(hub: GitHub, tmp_path: Path) -> None:
 
         done = merge(2, "--num-epochs 2", service.url, {"Promote through the gate": unseal})
         assert done.outcome["Promote through the gate"] == "success", done.said
-        assert done.outcome[ROLL_OUT] == "failure" and "version 1 answers; refused" in done.said[ROLL_OUT], done.said
+        assert done.outcome[ROLL_OUT] == "failure" and "version 1 answers; rejected" in done.said[ROLL_OUT], done.said
         assert done.outcome["Roll back"] == "success" and not done.success, done.said
         answers_with(1)
         done = merge(3, "--num-epochs 2", service.url)
@@ -198,7 +198,7 @@ def test_whole_loop(hub: GitHub, tmp_path: Path) -> None:
         done = look()
         assert done.outcome["Look"] == "failure" and '"decision": "nothing"' in done.said["Decide"] and "1 window(s) in a row" in done.said["Decide"], done.said
         new = pd.concat([rest.sample(600, random_state=0), strange.head(40).assign(id=range(100_000, 100_040), created_on="2026-01-01", tag="other")])
-        new.to_csv(place / "new" / "labelled.csv", index=False)
+        new.to_csv(place / "new" / "labeled.csv", index=False)
         window(drifted)
         time.sleep(3)  # the file has settled
         done = look()
