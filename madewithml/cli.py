@@ -15,7 +15,8 @@ from typing import Annotated, Optional
 import typer
 
 from . import __version__
-from .config import CheckFailed, TrainConfig, UserError, get_settings, bundled_dir, parse_serve_config, parse_train_config, load_promotion_policy, load_trigger_policy, workload_path, write_json
+from .config import CheckFailed, TrainConfig, UserError, get_settings, bundled_dir, parse_serve_config, parse_train_config, load_promotion_policy, load_trigger_policy, workload_path
+from .utils import write_json
 
 # %% ../nbs/90_cli.ipynb #d24631d9
 app = typer.Typer(name="madewithml", help="From a labeled table to a tested, registered text classifier.", no_args_is_help=True,
@@ -198,7 +199,7 @@ def register(
 ) -> None:
     "Make a run's checkpoint the registry's challenger. The reference that `monitor` compares with is kept beside it."
     from madewithml.drift_reference import try_build_and_save_reference
-    from madewithml.register import register_model
+    from madewithml.registry import register_model
     results = register_model(run_id, model_name)
     try_build_and_save_reference(run_id, holdout_loc)
     _write_results(results, results_fp, results.model_dump(exclude={"timestamp"}))
@@ -213,8 +214,9 @@ def promote(
     results_fp: _Results = None,
 ) -> None:
     "Make the challenger the champion, if the gate agrees. Exit code 1 where the policy refuses."
-    from madewithml.promotion import gate_table
-    from madewithml.register import require_promotion, promote_model
+    from madewithml.gate import gate_table
+    from madewithml.gate import require_promotion
+    from madewithml.promotion import promote_model
     results = promote_model(model_name, dataset_loc, policy, force, reason)
     typer.echo(gate_table(results).to_string())
     _write_results(results, results_fp, {"version": results.challenger.version, "decision": results.decision} | ({"f1_difference": results.f1_difference} if results.champion else {}))
@@ -281,7 +283,8 @@ def monitor(
     results_fp: Annotated[Optional[Path], _option("JSON file to write the window to, for `trigger` [default: monitor/monitor.json in the results root]", "--results-fp")] = None,
 ) -> None:
     "Compare what was asked with what the model learned from. Exit code 1 on drift or a fall in performance."
-    from madewithml.monitor import require_no_alarm, monitor_model, performance_line, tests_table, window_line
+    from madewithml.monitor import require_no_alarm, monitor_model, tests_table
+    from madewithml.schemas import performance_line, window_line
     results = monitor_model(log_dir, labels, alias, run_id, model_name, window, since)
     typer.echo(window_line(results))
     if results.has_enough_rows: typer.echo(f"{tests_table(results).to_string()}\n{performance_line(results)}")

@@ -6,15 +6,12 @@
 __all__ = ['UserError', 'CheckFailed', 'package_dir', 'repo_root', 'working_dir', 'Settings', 'format_validation_error',
            'get_settings', 'TrainConfig', 'parse_train_config', 'ServeConfig', 'parse_serve_config', 'load_token',
            'PromotionPolicy', 'load_promotion_policy', 'TriggerPolicy', 'load_trigger_policy', 'bundled_dir',
-           'workload_path', 'atomic_path', 'write_json', 'content_hash', 'get_logger', 'lower_thread_priority']
+           'workload_path']
 
 # %% ../nbs/00_config.ipynb #da962182
-import hashlib, json, logging, os, re, shutil, sys, threading, uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json, re
 from functools import lru_cache
 from importlib import resources
-from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -281,73 +278,3 @@ def workload_path(
     notebooks = {path.stem: path for path in bundled_dir("workloads").glob("*.ipynb")}
     if name not in notebooks: raise UserError(f"There is no workload {name!r}.", f"There are: {', '.join(sorted(notebooks))}.")
     return notebooks[name]
-
-# %% ../nbs/00_config.ipynb #5ef50a38
-@contextmanager
-def atomic_path(
-    path:str|Path, # where the file or directory shall lie
-) -> Iterator[Path]:
-    "A temporary path to write to; it replaces `path` when the block ends well and vanishes when it does not."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
-    try:
-        yield temporary
-        if path.is_dir():
-            old = temporary.with_name(f"{temporary.name}.old")
-            os.replace(path, old)
-            try: os.replace(temporary, path)
-            except OSError:
-                os.replace(old, path)
-                raise
-            shutil.rmtree(old)
-        else: os.replace(temporary, path)
-    finally:
-        if temporary.is_dir(): shutil.rmtree(temporary)
-        else: temporary.unlink(missing_ok=True)
-
-# %% ../nbs/00_config.ipynb #f0c35427
-def write_json(
-    path:str|Path, # file to write
-    value:Any, # what JSON can hold
-) -> Path:
-    "Writes `value` as readable JSON in one step and returns the path."
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Path(path)
-
-# %% ../nbs/00_config.ipynb #db5e90ff
-def content_hash(
-    value:Any, # a `Path` (its bytes count), bytes, or what JSON can hold
-) -> str:
-    "First 16 hexadecimal digits of the SHA-256 of the content."
-    if isinstance(value, Path):
-        with value.open("rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    if not isinstance(value, bytes): value = json.dumps(value, sort_keys=True, default=str).encode()
-    return hashlib.sha256(value).hexdigest()[:16]
-
-# %% ../nbs/00_config.ipynb #67d356bb
-@lru_cache(maxsize=1)
-def get_logger() -> logging.Logger:
-    "The package's logger: console from `log_level` up, and `storage/logs/madewithml.log` (5 files of 5 MB) with everything."
-    settings, logger = get_settings(), logging.getLogger("madewithml")
-    folder = settings.storage_dir / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    file = RotatingFileHandler(folder / "madewithml.log", maxBytes=5_000_000, backupCount=4, encoding="utf-8", delay=True)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(process)d %(module)s:%(lineno)d %(message)s"))
-    console = logging.StreamHandler(sys.stdout if "ipykernel" in sys.modules else sys.stderr)
-    console.setFormatter(logging.Formatter("%(message)s"))
-    console.setLevel(settings.log_level)
-    logger.handlers[:] = [file, console]
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    return logger
-
-# %% ../nbs/00_config.ipynb #643c43ea
-def lower_thread_priority(
-    niceness:int=19, # 19: only what the others leave; 0: the same as they
-) -> None:
-    "Other threads come before this one, where threads have a priority of their own."
-    if sys.platform != "linux": return
-    thread = threading.get_native_id()
-    os.setpriority(os.PRIO_PROCESS, thread, max(niceness, os.getpriority(os.PRIO_PROCESS, thread)))  # Ray's workers may have given way already

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa
 from pyarrow import csv, fs, json as arrow_json, parquet
 
-from .config import UserError, content_hash, get_settings
+from .config import UserError, get_settings
+from .utils import content_hash
 from .storage import resolve_uri
 
 # %% ../nbs/10_data.ipynb #cfb0d431

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from .config import CheckFailed, UserError, atomic_path, get_settings
+from .config import CheckFailed, UserError, get_settings
+from .utils import atomic_path
 from .data import read_table, table_hash
 from .schemas import ExpectationResult, ValidateResults
 

@@ -17,7 +17,8 @@ import mlflow, numpy as np, pandas as pd, py3langid, pyarrow as pa, torch
 from mlflow.exceptions import MlflowException
 from pyarrow import parquet
 
-from .config import UserError, get_logger, get_settings, bundled_dir
+from .config import UserError, get_settings, bundled_dir
+from .utils import get_logger
 from .data import read_labeled_table, build_texts, stratified_sample, stratified_split, table_hash, tokenize
 from .models import class_names, load_classifier, model_max_length, batch_to_tensors, softmax
 from .tracking import fetch_checkpoint, mlflow_client, get_run

@@ -18,7 +18,8 @@ from openvino.frontend import OpConversionFailure
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from .config import UserError, get_logger
+from .config import UserError
+from .utils import get_logger
 from .data import pad_sequences
 from .models import class_names, load_classifier, model_max_length, resolve_precision, recompute_borderline, softmax
 from .storage import find_corruption

@@ -6,14 +6,14 @@
 __all__ = ['SLICES', 'classification_metrics', 'per_class_metrics', 'bootstrap_f1_interval', 'weighted_f1', 'class_name_absent',
            'slice_mask', 'calibration_bins', 'expected_calibration_error', 'read_behavioral_tests',
            'run_behavioral_tests', 'fit_tfidf_baseline', 'baseline_f1', 'evaluate_predictions', 'evaluate_model',
-           'plot_confusion', 'plot_reliability', 'require_behavior']
+           'require_behavior']
 
 # %% ../nbs/30_evaluate.ipynb #10d43536
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import matplotlib.pyplot as plt, numpy as np, pandas as pd
+import numpy as np, pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -22,7 +22,6 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from .config import CheckFailed, Settings, UserError, get_settings, bundled_dir
 from .data import read_labeled_table, read_table, build_texts, table_hash
 from .models import class_names, load_classifier, predict_proba
-from .plot_style import NEUTRAL, with_plot_style
 from .schemas import BehavioralTestResult, CalibrationBin, EvaluateResults, Misclassification, OverallMetrics, ClassificationMetrics
 from .tracking import fetch_checkpoint
 
@@ -219,35 +218,6 @@ def evaluate_model(
     if train_loc is not None: parts["overall"].baseline_f1 = baseline_f1(read_labeled_table(train_loc), rows)
     behavior = run_behavioral_tests(read_behavioral_tests(behavior_loc, names), lambda texts: predict_proba(model, tokenizer, texts, precision), names)
     return EvaluateResults(run_id=run_id, dataset_loc=str(dataset_loc), dataset_digest=table_hash(dataset_loc), behavior=behavior, **parts)
-
-# %% ../nbs/30_evaluate.ipynb #996f2633
-@with_plot_style
-def plot_confusion(
-    results:EvaluateResults, # of an evaluation
-) -> plt.Figure:
-    "Confusion matrix: rows are true labels, shaded by share of the row."
-    names, counts = list(results.per_class), np.array(results.confusion)
-    figure, axis = plt.subplots(figsize=(1.6 + 0.9 * len(names), 1.2 + 0.7 * len(names)))
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (i, j), count in np.ndenumerate(counts): axis.text(j, i, count, ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
-    axis.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names, xlabel="predicted", ylabel="true")
-    axis.set_xticklabels(names, rotation=30, ha="right")
-    return figure
-
-@with_plot_style
-def plot_reliability(
-    results:EvaluateResults, # of an evaluation
-) -> plt.Figure:
-    "Reliability diagram: accuracy against confidence, with the rows in each bin."
-    bars = [bar for bar in results.calibration if bar.num_samples]
-    figure, axis = plt.subplots(figsize=(4, 3.4))
-    axis.plot([0, 1], [0, 1], "--", color=NEUTRAL, linewidth=1, label="perfectly calibrated")
-    axis.plot([bar.confidence for bar in bars], [bar.accuracy for bar in bars], "o-", label="model")
-    for bar in bars: axis.annotate(bar.num_samples, (bar.confidence, bar.accuracy), textcoords="offset points", xytext=(6, -10), fontsize=8)
-    axis.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="mean confidence", ylabel="accuracy", title=f"calibration error {results.overall.expected_calibration_error:.3f}")
-    axis.legend()
-    return figure
 
 # %% ../nbs/30_evaluate.ipynb #0ad92efe
 def require_behavior(

@@ -9,7 +9,8 @@ __all__ = ['patch_haproxy_config', 'HAProxySupervisor']
 import json, os, re, selectors, shlex, socket, subprocess, sys, tempfile, threading
 from pathlib import Path
 
-from .config import ServeConfig, UserError, get_logger
+from .config import ServeConfig, UserError
+from .utils import get_logger
 from .middleware import PUBLIC_PATHS
 
 # %% ../nbs/53_haproxy.ipynb #4c48bc2c

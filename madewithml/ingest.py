@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 
 from pyarrow import fs
 
-from .config import UserError, atomic_path, content_hash, get_settings, write_json
+from .config import UserError, get_settings
+from .utils import atomic_path, content_hash, write_json
 from .data import table_format
 from .storage import copy_tree, persistent_uri, exists, resolve_uri
 

@@ -20,7 +20,8 @@ from scipy.stats import binom, binomtest
 
 from .registry import get_aliases, resolve_alias
 from .ingest import NewTable
-from .config import TriggerPolicy, UserError, atomic_path, content_hash, get_settings, bundled_dir, write_json
+from .config import TriggerPolicy, UserError, get_settings, bundled_dir
+from .utils import atomic_path, content_hash, write_json
 from .data import read_labeled_table, read_table, build_texts, table_hash, normalized_key
 from .predict import Predictor
 from .data_validation import label_expectations, add_measured_columns, id_and_timestamp_expectations, run_expectations, table_expectations, text_expectations, to_expectation

@@ -13,7 +13,8 @@ from typing import Any
 from .ray_session import find_free_ports, worker_env_vars
 import psutil
 
-from .config import UserError, get_settings, write_json
+from .config import UserError, get_settings
+from .utils import write_json
 
 # %% ../nbs/80_local_cluster.ipynb #3fa79f99
 def _state_file() -> Path: return get_settings().storage_dir / "cluster" / "state.json"

@@ -21,7 +21,8 @@ import numpy as np, torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from .config import UserError, atomic_path, get_settings
+from .config import UserError, get_settings
+from .utils import atomic_path
 from .data import RaggedTokens, collate, tokenize
 from .storage import find_corruption, write_checksums
 

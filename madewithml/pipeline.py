@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .ray_session import temporary_env, ray_session, worker_env_vars
+from .utils import temporary_env
+from .ray_session import ray_session, worker_env_vars
 import nbformat, papermill
 from papermill.exceptions import PapermillExecutionError
 
-from .config import CheckFailed, UserError, atomic_path, package_dir, content_hash, get_logger, get_settings, bundled_dir, workload_path, write_json
+from .config import CheckFailed, UserError, package_dir, get_settings, bundled_dir, workload_path
+from .utils import atomic_path, content_hash, get_logger, write_json
 from .data import resolve_file, read_labeled_table, stratified_split, table_hash
 from .report import write_report
 from .storage import copy_tree, persistent_uri, exists

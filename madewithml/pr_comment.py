@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from .promotion import evaluate_gate
+from .gate import evaluate_gate
 from .config import CheckFailed, PromotionPolicy, UserError
 from .report import gate_markdown, render_sections
 from .schemas import RESULT_SCHEMAS, CandidateMetrics, EvaluateResults, PromoteResults, BaseResults

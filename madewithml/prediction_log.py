@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from .config import ServeConfig, atomic_path, content_hash, get_logger
+from .config import ServeConfig
+from .utils import atomic_path, content_hash, get_logger
 
 # %% ../nbs/52_prediction_log.ipynb #34dd48cb
 SCHEMA = pa.schema([("timestamp", pa.timestamp("us", tz="UTC")), ("version", pa.int32()), ("run_id", pa.string()), ("text", pa.string()), ("text_digest", pa.string()),

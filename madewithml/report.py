@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 
 from .config import UserError
-from .evaluate import plot_confusion, plot_reliability
-from .monitor import performance_line, plot_monitor, window_line
+from .plots import plot_confusion, plot_reliability
+from .schemas import performance_line, window_line
+from .plots import plot_monitor
 from .schemas import RESULT_SCHEMAS, EvaluateResults, PolicyCheck, MonitorResults, PredictResults, PromoteResults, RegisterResults, BaseResults, TrainResults, ValidateResults, read_results
-from .train import plot_history
+from .plots import plot_history
 
 # %% ../nbs/70_report.ipynb #b37d63cd
 _LINKS = re.compile(r"(?i)(?<=[@#])|(?<=:)(?=//)|(?<=www)(?=\.)|(?<=\bgh)(?=-\d)")  # where what GitHub would link is cut

@@ -17,13 +17,14 @@ import pandas as pd
 
 from .registry import get_aliases, resolve_alias
 from .ingest import ScanResult, scan, state_dir, synced_state_dir
-from .promotion import gate_table
+from .gate import gate_table
 from .config import CheckFailed, TriggerPolicy, UserError, get_settings, bundled_dir
 from .ingest_checks import IngestBaseline, accepted_rows, champion_predictor, training_lineage, validate_new_table, build_training_table, merge_tables, read_ingest_results, save_ingest_result
 from .data import read_labeled_table
 from .pipeline import run_pipeline
 from .data_validation import expectations_table
-from .register import require_promotion, promote_model
+from .gate import require_promotion
+from .promotion import promote_model
 from .report import write_report
 from .schemas import IngestResult, MonitorResults, PromoteResults, RegisterResults, TriggerResults, read_results, write_results
 from .trigger import decide_action, decide_once, send_webhook, append_entry

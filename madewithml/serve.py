@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
-from .ray_session import temporary_env, ray_session
+from .utils import temporary_env
+from .ray_session import ray_session
 import numpy as np, torch
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,7 +28,8 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from .registry import get_aliases, resolve_alias
-from .config import ServeConfig, UserError, content_hash, get_logger, get_settings, lower_thread_priority, bundled_dir, load_token
+from .config import ServeConfig, UserError, get_settings, bundled_dir, load_token
+from .utils import content_hash, get_logger, lower_thread_priority
 from .data import join_text, read_labeled_table, build_texts
 from .engine import Engine
 from .evaluate import evaluate_predictions

@@ -12,7 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from .config import UserError, content_hash, get_settings
+from .config import UserError, get_settings
+from .utils import content_hash
 
 # %% ../nbs/03_storage.ipynb #3fc98a23
 def resolve_uri(

@@ -14,7 +14,8 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from .local_cluster import resolve_cluster
-from .config import CheckFailed, UserError, repo_root, content_hash, get_logger, get_settings, workload_path
+from .config import CheckFailed, UserError, repo_root, get_settings, workload_path
+from .utils import content_hash, get_logger
 from .storage import copy_tree, exists
 from .tracking import provenance
 

@@ -23,7 +23,8 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 
-from .config import UserError, atomic_path, package_dir, content_hash, get_settings
+from .config import UserError, package_dir, get_settings
+from .utils import atomic_path, content_hash
 from .schemas import EpochMetrics, Trial
 from .storage import persistent_uri
 

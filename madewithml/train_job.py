@@ -9,7 +9,8 @@ __all__ = ['TrainJob', 'worker_entrypoint']
 from dataclasses import dataclass
 from typing import Any
 
-from .config import TrainConfig, content_hash
+from .config import TrainConfig
+from .utils import content_hash
 
 # %% ../nbs/23_train_job.ipynb #ba576fe1
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from .config import TriggerPolicy, UserError, get_logger
+from .config import TriggerPolicy, UserError
+from .utils import get_logger
 from .schemas import IngestResult, MonitorResults, TriggerResults
 
 # %% ../nbs/65_trigger.ipynb #8a1952f7

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEARCH_SPACE', 'parse_search_space', 'parse_initial_params', 'run_trial', 'completed_epochs',
            'get_or_create_child_run', 'get_trial_status', 'finalize_child_run', 'tune_model', 'resume_or_create_search',
-           'param_importances', 'plot_trials', 'plot_parallel']
+           'param_importances']
 
 # %% ../nbs/26_tune.ipynb #8f6df5ce
 import dataclasses, json, math, os
@@ -15,7 +15,7 @@ from typing import Any
 # Ctrl-C ends the search, instead of asking for a second one.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 from .ray_session import ray_session
-import matplotlib.pyplot as plt, numpy as np, optuna, yaml
+import numpy as np, optuna, yaml
 from mlflow.entities import Param
 from optuna.samplers import TPESampler
 from pyarrow import fs
@@ -26,11 +26,12 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from .config import TrainConfig, UserError, content_hash, get_logger
+from .config import TrainConfig, UserError
+from .utils import content_hash, get_logger
 from .data import RaggedTokens
-from .job import TrainJob
+from .train_job import TrainJob
 from .finetune import select_epoch, should_stop
-from .plot_style import NEUTRAL, PALETTE, SEQUENTIAL_CMAP, with_plot_style
+from .plots import format_value, plot_trials
 from .schemas import EpochMetrics, Trial, TuneResults
 from .storage import find_corruption, persistent_uri, resolve_uri, remove_tree
 from .tracking import CHECKPOINT, create_run, mlflow_client, get_or_create_experiment, log_best_metrics
@@ -164,7 +165,7 @@ class _Recorder(tune.Callback):
         if not history: return
         chosen, status = select_epoch(history), get_trial_status(history, TrainConfig(**self.base.model_dump() | trial.config))
         finalize_child_run(self.run_of(trial), history, status)
-        params = "  ".join(f"{name} {_format_value(value)}" for name, value in trial.config.items())
+        params = "  ".join(f"{name} {format_value(value)}" for name, value in trial.config.items())
         number = sum(other.is_finished() for other in trials) + (not trial.is_finished())
         print(f"trial {number}/{self.num_runs}  validation loss {chosen.val_loss:.3f}  F1 {chosen.val_f1:.3f}  "
               f"{status if status == 'finished' else f'stopped after epoch {history[-1].epoch}'}  {params}", flush=True)
@@ -179,7 +180,7 @@ class _Recorder(tune.Callback):
         if self.best is None or loss < self.best[0]: worse, self.best = self.best and self.best[1], (loss, trial_id)
         if worse: remove_tree(f"{self.root}/{worse}")
 
-def _format_value(value: Any) -> str: return f"{value:.3g}" if isinstance(value, float) else str(value)
+
 
 # %% ../nbs/26_tune.ipynb #1527425c
 def get_or_create_child_run(
@@ -339,58 +340,3 @@ def _distribution(rule: dict, tried: list) -> optuna.distributions.BaseDistribut
     low, high = min(arguments[0], *tried), max(arguments[1], *tried)
     if "int" in kind: return optuna.distributions.IntDistribution(int(low), int(high), log="log" in kind)
     return optuna.distributions.FloatDistribution(low, high, log="log" in kind)
-
-# %% ../nbs/26_tune.ipynb #6a836bd9
-def _status_color(trial: Trial) -> str: return {"finished": PALETTE[0], "stopped early": NEUTRAL, "failed": PALETTE[1]}[trial.status]
-
-@with_plot_style
-def plot_trials(
-    results:TuneResults, # of a search
-) -> plt.Figure:
-    "Validation loss of each trial over its epochs, the loss of each trial in order, and the hyperparameters' importance."
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3))
-    for trial in results.trials:
-        left.plot([m.epoch for m in trial.metrics], [m.val_loss for m in trial.metrics], "o-", markersize=3, color=_status_color(trial), alpha=0.7)
-    left.set(xlabel="epoch", ylabel="validation loss (nats)", title="blue: finished, gray: stopped early")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    losses = [trial.val_loss for trial in results.trials]
-    middle.scatter(range(1, len(losses) + 1), losses, c=[_status_color(trial) for trial in results.trials], s=18)
-    middle.step(range(1, len(losses) + 1), np.minimum.accumulate(losses), where="post", color=PALETTE[2], label="best so far")
-    middle.set(xlabel="trial", ylabel="validation loss (nats)", title="history")
-    middle.legend()
-    names = list(results.importance)[::-1]
-    right.barh(names, [results.importance[name] for name in names])
-    right.set(xlabel="share of the variance (fANOVA)", xlim=(0, 1), title="importance")
-    return figure
-
-# %% ../nbs/26_tune.ipynb #3aee36a1
-@with_plot_style
-def plot_parallel(
-    results:TuneResults, # of a search
-) -> plt.Figure:
-    "Each trial as a line across its hyperparameters, the bluer the lower its validation loss."
-    names = list(results.search_space)
-    figure, axis = plt.subplots(figsize=(1.6 * len(names) + 2, 3.2))
-    losses = np.array([trial.val_loss for trial in results.trials])
-    shade = (losses - losses.min()) / max(np.ptp(losses), 1e-12)
-    for trial, lightness in sorted(zip(results.trials, shade, strict=True), key=lambda pair: -pair[1]):
-        best = trial.trial_id == results.best_trial
-        axis.plot(range(len(names)), [_relative_position(results.search_space[name], trial.params[name]) for name in names], "o-", markersize=4,
-                  color=PALETTE[1] if best else SEQUENTIAL_CMAP(lightness), linewidth=2.5 if best else 1.2, label="best" if best else None)
-    for i, name in enumerate(names):
-        (kind, arguments), = results.search_space[name].items()
-        for height, value in [(_relative_position({kind: arguments}, v), v) for v in (arguments if kind == "choice" else arguments[:2])]:
-            axis.annotate(_format_value(value), (i, height), xytext=(5, 0), textcoords="offset points", fontsize=8, va="center")
-        axis.axvline(i, color=NEUTRAL, alpha=0.5, linewidth=0.8, zorder=0)
-    axis.set(xticks=range(len(names)), xticklabels=names, yticks=[], ylim=(-0.08, 1.08), xlim=(-0.2, len(names) - 0.4))
-    axis.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    figure.colorbar(plt.cm.ScalarMappable(plt.Normalize(losses.min(), losses.max()), SEQUENTIAL_CMAP), ax=axis, label="validation loss (nats)")
-    axis.legend(loc="upper right")
-    return figure
-
-def _relative_position(rule: dict, value: Any) -> float:
-    "Where a value stands between the ends of its rule, 0 to 1."
-    (kind, arguments), = rule.items()
-    if kind == "choice": return arguments.index(value) / max(1, len(arguments) - 1) if value in arguments else 0.5
-    low, high, at = (math.log(x) for x in (*arguments, value)) if "log" in kind else (*arguments, value)
-    return (at - low) / (high - low)

@@ -34,7 +34,7 @@ def run_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> subp
 
 # Most commands spend seconds on importing Ray, MLflow and PyTorch. A server imports them once; each command is a fork of it.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([f"madewithml.{name}" for name in ("retrain", "monitor", "serve", "tune", "submit", "cluster", "comment", "cli")])
+FORKS.set_forkserver_preload([f"madewithml.{name}" for name in ("retrain", "monitor", "serve", "tune", "submit", "local_cluster", "pr_comment", "cli")])
 
 
 def _command(args: tuple[str, ...], cwd: Path, environment: dict[str, str], output: Path) -> None:

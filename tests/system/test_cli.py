@@ -54,7 +54,7 @@ def test_bad_option(args: list[str], said: str, tmp_path: Path) -> None:
     (["submit", "no-such-workload"], "There is no workload"),
     (["cluster", "status"], "No cluster was started"),
     (["workload", "train", "--", "--epochs", "2"], "has no option '--epochs'"),
-    (["comment", "--event", "event.json"], "The environment variable 'GITHUB_TOKEN' is missing"),
+    (["pr-comment", "--event", "event.json"], "The environment variable 'GITHUB_TOKEN' is missing"),
 ], ids=["search space", "initial point", "no cluster", "no workload", "no cluster up", "workload option", "no token of GitHub"])
 def test_told_in_one_line(args: list[str], said: str, tmp_path: Path) -> None:
     done = call_cli(*args, cwd=tmp_path)

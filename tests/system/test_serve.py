@@ -305,16 +305,16 @@ client.set_registered_model_alias("madewithml", "champion", client.create_model_
         assert done.returncode == 0, done.stderr
 
     new_champion("sound")
-    done = served.run.cli("deploy", "--url", served.url)
+    done = served.run.cli("rollout-status", "--url", served.url)
     assert done.returncode == 0, done.stdout + done.stderr
     assert served.ask("/predict/", ITEM)[1]["version"] == 2
 
     new_champion("damage")
-    done = served.run.cli("deploy", "--url", served.url, "--timeout", "5")
+    done = served.run.cli("rollout-status", "--url", served.url, "--timeout", "5")
     assert done.returncode == 1 and "version 2 answers; rejected" in done.stderr, done.stdout + done.stderr
     assert served.ask("/predict/", ITEM)[1]["version"] == 2
     assert served.ask("/version")[1]["rejected"]["version"] == 3
 
     assert json.loads(served.run.cli("rollback", "--reason", "version 3 is damaged").stdout) == {"champion": 2, "previous": 3}
-    assert served.run.cli("deploy", "--url", served.url).returncode == 0
+    assert served.run.cli("rollout-status", "--url", served.url).returncode == 0
     assert served.ask("/version")[1]["rejected"] is None

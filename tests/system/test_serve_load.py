@@ -39,7 +39,7 @@ def registry(run: Run, *arguments: str) -> str:
     """Changes the run's registry, in a process of its own."""
     code = """
 import sys
-from madewithml.register import register_model
+from madewithml.registry import register_model
 from madewithml.tracking import CHECKPOINT, fetch_checkpoint, mlflow_client, get_run
 client, what = mlflow_client(), sys.argv[1]
 if what == "alias": client.set_registered_model_alias("madewithml", sys.argv[2], sys.argv[3])
