@@ -58,7 +58,7 @@ class Cluster:
 
     def up(self) -> None:
         done = run_cli("cluster", "up", "--workers", "2", "--cpus", "2", cwd=self.folder)
-        assert done.returncode == 0 or "runs already" in done.stderr, done.stderr
+        assert done.returncode == 0 or "is running already" in done.stderr, done.stderr
 
     @property
     def address(self) -> str:
