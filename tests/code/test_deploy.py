@@ -314,7 +314,7 @@ def test_serve_config() -> None:
     asked = ServeConfig(**config.applications[0].args)
     assert config.http_options.request_timeout_s > max(asked.request_timeout_s, asked.evaluate_timeout_s)
     assert config.applications[0].deployments[0].max_ongoing_requests > asked.max_queued
-    assert [(application.name, application.import_path) for application in config.applications] == [("madewithml", "madewithml.serve:build")]
+    assert [(application.name, application.import_path) for application in config.applications] == [("madewithml", "madewithml.serve:build_app")]
     assert config.http_options.port == 8000 and config.http_options.request_timeout_s
     assert spec["upgradeStrategy"]["type"] == "NewCluster" and spec["excludeHeadPodFromServeSvc"]
     assert spec["rayClusterDeletionDelaySeconds"] > config.http_options.request_timeout_s
@@ -323,7 +323,7 @@ def test_serve_config() -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), [
-    ("import_path: madewithml.serve:build", "import_path: 'madewithml.serve:'"),
+    ("import_path: madewithml.serve:build_app", "import_path: 'madewithml.serve:'"),
     ("route_prefix: /", "route: /"),
     ("port: 8000", "port: http"),
     ("proxy_location: EveryNode", "proxy_location: Nowhere"),

@@ -8,7 +8,7 @@ from madewithml.serve import ClassifierDeployment, run_service
 
 config = ServeConfig()
 with run_service(config, port=int(sys.argv[1])):
-    print("Ctrl-C ends it", flush=True)
+    print("Ctrl-C stops it", flush=True)
     for line in sys.stdin:
         options = {"num_cpus": 0.5, "runtime_env": {"env_vars": {"MADEWITHML_GIT_COMMIT": line.strip()}}}
         serve.run(ClassifierDeployment.options(ray_actor_options=options).bind(config), name="madewithml", route_prefix="/")

@@ -164,10 +164,10 @@ def missing(shown: str, said: str) -> list[str]:
 
 @contextlib.contextmanager
 def background(command: list[str], cwd: Path, env: dict[str, str]) -> Iterator[None]:
-    """The command for the length of the block, from when it says that Ctrl-C ends it."""
+    """The command for the length of the block, from when it says that Ctrl-C stops it."""
     with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
         said = ""
-        while "Ctrl-C ends it" not in said:
+        while "Ctrl-C stops it" not in said:
             line = process.stdout.readline()
             assert line, said
             said += line

@@ -62,7 +62,7 @@ def serving(run: Run, *options: str, driver: Path | None = None, **variables: st
     with subprocess.Popen(command, cwd=run.folder, env=environment_of(variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
         try:
             said = ""
-            while "Ctrl-C ends it" not in said:
+            while "Ctrl-C stops it" not in said:
                 line = process.stdout.readline()
                 assert line, said
                 said += line
@@ -106,7 +106,7 @@ def test_health_version_metrics(served: Served) -> None:
     served.ask("/predict/", [ITEM] * 3)
     text = served.ask("/metrics")[1]
     for name in ("madewithml_requests_total{route=\"/predict/\",status=\"200\"}", "madewithml_predictions_total{label=\"computer-vision\",version=\"1\"}", "madewithml_request_seconds_bucket",
-                 "madewithml_batch_size_bucket", "madewithml_confidence_bucket", "madewithml_under_way"):
+                 "madewithml_batch_size_bucket", "madewithml_confidence_bucket", "madewithml_in_flight"):
         assert name in text, name
 
 
@@ -203,7 +203,7 @@ def test_hostile_body(name: str, served: Served) -> None:
 @pytest.mark.parametrize("dataset", ["../README.md", "../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "http://127.0.0.1:1/x.csv", "http://169.254.169.254/latest", "s3://bucket/x.csv", "\0", "a" * 900, "."])
 def test_hostile_dataset(dataset: str, served: Served) -> None:
     status, answer, _ = served.ask("/evaluate/", {"dataset": dataset})
-    assert (status, answer["detail"]) == (404, "There is no such table under the data roots.")
+    assert (status, answer["detail"]) == (404, "There is no such table in the allowed directories.")
 
 
 def test_slow_and_lying_senders(served: Served) -> None:
