@@ -116,7 +116,8 @@ def format_validation_error(
     "The first failed field of a pydantic error in one line: field, reason, value."
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"])) or "value"
-    return f"{field}: {first['msg']}, got {first.get('input')!r}."
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{field}: {reason}, got {first.get('input')!r}."
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
