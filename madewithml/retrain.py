@@ -18,7 +18,7 @@ import pandas as pd
 from .registry import get_aliases, resolve_alias
 from .ingest import ScanResult, scan, state_dir, synced_state_dir
 from .gate import gate_table
-from .config import CheckFailed, TriggerPolicy, UserError, get_settings, bundled_dir
+from .config import RunOptions, TrainOptions, CheckFailed, TriggerPolicy, UserError, get_settings, bundled_dir
 from .ingest_checks import IngestBaseline, accepted_rows, champion_predictor, training_lineage, validate_new_table, build_training_table, merge_tables, read_ingest_results, save_ingest_result
 from .data import read_labeled_table
 from .pipeline import run_pipeline
@@ -88,14 +88,14 @@ def retrain(
     promotion_policy:str|Path|None=None, # the gate's policy; None: the defaults
     name:str|None=None, # registered model; None: the setting
     address:str|None=None, # Ray cluster; None: `RAY_ADDRESS`, else one of our own
-    **train, # parameters of the workload `train`
+    train:TrainOptions=TrainOptions(), # of the training
 ) -> TriggerResults:
     "The decision with what came of it, written down. Raises: UserError, CheckFailed where it failed on the way."
     new, done = list(decision.evidence["accepted"]), {"status": "failed", "outcome": "It was stopped before its end."}
     try:
         table = build_training_table(root, [*training_lineage(home, name)["batches"], *new], home)
         with _rejection(new, home):
-            folder = run_pipeline(table, holdout_loc, run_name=f"retrain-{table.stem.removeprefix('train-')}", address=address, model_name=name or "", **train).parent
+            folder = run_pipeline(table, train, RunOptions(holdout_loc=holdout_loc, run_name=f"retrain-{table.stem.removeprefix('train-')}", address=address, model_name=name)).parent
         done, state = _promoted(folder, holdout_loc, promotion_policy, name)
         _set_status(new, state, home, done["outcome"] if state == "rejected" else "")
     except (UserError, CheckFailed) as error:
@@ -153,7 +153,7 @@ def run_once(
     name:str|None=None, # registered model; None: the setting
     address:str|None=None, # Ray cluster; None: `RAY_ADDRESS`, else one of our own
     dry_run:bool=False, # decide only, and leave no trace
-    **train, # parameters of the workload `train`
+    train:TrainOptions=TrainOptions(), # of the training
 ) -> tuple[TriggerResults, list[IngestResult]]:
     "The decision with what came of it, and the verdicts on the tables that came. Raises: UserError, CheckFailed."
     with _temporary_state_dir() if dry_run else synced_state_dir() as home:
@@ -171,7 +171,7 @@ def run_once(
         with decide_once(make, home) as decision:
             print(f"{decision.decision}: {' '.join(decision.reasons)}", flush=True)
             if decision.decision == "alert" and not dry_run: decision = _notify(decision, policy, home)
-            if decision.decision == "retrain" and not dry_run: decision = retrain(decision, root, holdout, policy, home, promotion_policy, name, address, **train)
+            if decision.decision == "retrain" and not dry_run: decision = retrain(decision, root, holdout, policy, home, promotion_policy, name, address, train)
     return decision, judged
 
 def _failed(verdict: IngestResult) -> bool:
