@@ -272,6 +272,12 @@ class RaggedTokens:
         "Token ids of row `i`."
         return self.ids[self.offsets[i]:self.offsets[i + 1]]
 
+    def select(self, rows: np.ndarray) -> "RaggedTokens":
+        "These rows, in this order, as ragged tokens of their own."
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
+        ids = np.concatenate([self.ids[:0], *(self.row(i) for i in rows)])
+        return RaggedTokens(ids, offsets, self.labels[rows])
+
 # %% ../nbs/10_data.ipynb #fd5f4f56
 def tokenize(
     texts:list[str], # texts of the rows
