@@ -25,6 +25,7 @@ run: install ## the main job: validate, train, evaluate, predict, register, repo
 
 test: install ## everything that must hold: notebooks in sync and clean, their tests, pytest
 	@$(BIN)/python tools/check.py
+	@$(BIN)/python tools/check.py --run
 	@$(BIN)/python -m pytest -m "not slow and not fault and not load"
 
 test-slow: install ## what takes minutes: a killed run, the wheel, a cluster, cells marked slow
