@@ -1,4 +1,4 @@
-"""Checks that modules, notebooks and README.md are what the notebooks generate, or runs the notebooks' own tests."""
+"""Checks that what the notebooks generate is in sync with them, or runs their tests."""
 import argparse
 import contextlib
 import difflib
@@ -22,6 +22,7 @@ from nbdev.test import nbdev_test
 
 ROOT = Path(__file__).parents[1]
 NBS = ROOT / "nbs"
+HIDDEN = {"__pycache__", ".ipynb_checkpoints", ".last_checked"}
 
 
 def generate(folder: Path) -> None:
@@ -40,7 +41,8 @@ def write_readme() -> None:
     index = nbformat.read("nbs/index.ipynb", as_version=4)
     index.cells = [cell for cell in index.cells if not cell.source.startswith("#| hide")]
     exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
-    text = re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", lambda link: f"]({posixpath.normpath('nbs/' + link[1])})",
+    text = re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)",
+                  lambda link: f"]({posixpath.normpath('nbs/' + link[1])})",
                   exporter.from_notebook_node(index)[0])
     head = "<!-- made from nbs/index.ipynb by `make export`; edit that -->\n"
     Path("README.md").write_text(f"{head}{text.strip()}\n", encoding="utf-8")
@@ -48,10 +50,10 @@ def write_readme() -> None:
 
 def generated(folder: Path) -> set[Path]:
     """Files that are generated, relative to `folder`."""
-    hidden = {"__pycache__", ".ipynb_checkpoints", ".last_checked"}
-    paths = [folder / "README.md", *(path for top in ("madewithml", "nbs") for path in (folder / top).rglob("*"))]
+    tops = [folder / "madewithml", folder / "nbs"]
+    paths = [folder / "README.md", *(path for top in tops for path in top.rglob("*"))]
     found = {path.relative_to(folder) for path in paths if path.is_file()}
-    return {path for path in found if not hidden & set(path.parts)}
+    return {path for path in found if not HIDDEN & set(path.parts)}
 
 
 def out_of_sync() -> list[Path]:
@@ -62,7 +64,7 @@ def out_of_sync() -> list[Path]:
         for name in ("settings.ini", "pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, copy / name)
         for name in ("madewithml", "nbs"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns(*HIDDEN))
         for module in (copy / "madewithml").glob("*.py"):
             module.unlink()  # what no notebook exports any more must not stay
         generate(copy)
@@ -93,18 +95,19 @@ def run_tests(**options) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fix", action="store_true", help="export, clean and write README.md instead")
-    parser.add_argument("--run", action="store_true", help="run the notebooks' cells that are not slow instead")
-    parser.add_argument("--slow", action="store_true", help="run notebooks that have slow cells instead, with these")
-    parser.add_argument("--notebook", metavar="NAME", help="run the tests of this one instead, such as 24_train")
+    parser.add_argument("--fix", action="store_true", help="export, clean and write README.md")
+    parser.add_argument("--run", action="store_true", help="run all cells that are not slow")
+    parser.add_argument("--slow", action="store_true", help="run notebooks that have slow cells")
+    parser.add_argument("--notebook", metavar="NAME", help="run one, such as 24_train")
     options = parser.parse_args()
     if options.fix:
         generate(ROOT)
     elif options.notebook is not None:
         run_tests(file_glob=find_notebook(options.notebook))
     elif options.slow:
-        slow = [path.stem for path in NBS.glob("*.ipynb") if '"#| slow' in path.read_text(encoding="utf-8")]
-        run_tests(flags="slow", file_re="|".join(slow), n_workers=1)
+        texts = {path.stem: path.read_text(encoding="utf-8") for path in NBS.glob("*.ipynb")}
+        slow = "|".join(stem for stem, text in texts.items() if '"#| slow' in text)
+        run_tests(flags="slow", file_re=slow, n_workers=1)
     elif options.run:
         run_tests(n_workers=2)
     elif wrong := out_of_sync():

@@ -1,11 +1,9 @@
-"""Executes stage notebooks and names the committed outputs that differ in kind from fresh ones; `--write` stores these."""
+"""Executes notebooks and names committed outputs that are of another kind than the fresh ones."""
 import argparse
 import os
 import re
-import socket
 import sys
 import tempfile
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,100 +17,95 @@ ROOT = Path.cwd()
 FLAGS = "|".join(get_config().tst_flags.split())
 NOT_RUN = re.compile(rf"^#\|\s*(({FLAGS})\s*$|eval:\s*false)|nbdev_export\(", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
-VOLATILE = {  # what must not be committed, after the replacements of `_stable`
-    "absolute path": re.compile(r"(?<![\w.:/<])/(tmp|home|root|work|usr|opt|var|Users)/[\w.-]+"),
-    "host name": re.compile(rf"\b{re.escape(socket.gethostname())}\b"),
-    "address": re.compile(r"\b(?!127\.|0\.0\.0\.0)(\d{1,3}\.){3}\d{1,3}:\d+"),
-    "process id": re.compile(r"\bpid[=: ]+\d+"),
+TEMPORARY = re.escape(os.path.join(tempfile.gettempdir(), "tmp")) + r"\w{8}/?"
+VOLATILE = {  # what must not be committed
+    "an absolute path": r"(?<![\w.:/<])/(tmp|home|root|work|usr|opt|var|Users)/[\w.-]+",
+    "an address": r"\b(?!127\.|0\.0\.0\.0)(\d{1,3}\.){3}\d{1,3}:\d+",
+    "a process id": r"\bpid[=: ]+\d+",
 }
 
 
-class Client(NotebookClient):
-    """Runs what nbdev_test runs: no cell that is slow, needs a GPU, exports or is not to be run."""
+def is_run(cell: nbformat.NotebookNode) -> bool:
+    """Whether nbdev_test runs it: code that is not slow, not for a GPU, no export, to be run."""
+    return cell.cell_type == "code" and not NOT_RUN.search(cell.source)
 
+
+class Client(NotebookClient):
     async def async_execute_cell(self, cell, *args, **kwargs):
-        return cell if NOT_RUN.search(cell.source) else await super().async_execute_cell(cell, *args, **kwargs)
+        return await super().async_execute_cell(cell, *args, **kwargs) if is_run(cell) else cell
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """A copy of the notebook with fresh outputs; cells that are not run keep theirs. Raises CellExecutionError."""
+    """The notebook with fresh outputs of the cells that are run. Raises CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as work:
-        env = {"PYTHONPATH": f"{ROOT}", "PYTHONWARNINGS": "ignore", "IN_TEST": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        for name in ("storage", "results"):
-            env |= dict.fromkeys((f"MADEWITHML_{name.upper()}_DIR", f"MADEWITHML_{name.upper()}"), f"{work}/{name}")
-        client = Client(notebook, timeout=900, store_widget_state=False, resources={"metadata": {"path": ROOT / "nbs"}},
-                        extra_arguments=["--log-level=ERROR"])
-        client.execute(env=os.environ | env)
-        names: dict[str, str] = {}
-        for cell in notebook.cells:
-            if cell.cell_type == "code" and not NOT_RUN.search(cell.source):
-                cell.outputs = [_stable(output, work, names) for output in cell.outputs if _is_shown(output)]
+        env = {"PYTHONPATH": f"{ROOT}", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
+        for name in ("STORAGE_DIR", "STORAGE", "RESULTS_DIR", "RESULTS"):
+            env[f"MADEWITHML_{name}"] = f"{work}/{name.partition('_')[0].lower()}"
+        client = Client(notebook, timeout=900, extra_arguments=["--log-level=ERROR"],
+                        store_widget_state=False, resources={"metadata": {"path": ROOT / "nbs"}})
+        client.execute(env=os.environ | env | {"IN_TEST": "1"})
+        runs: dict[str, str] = {}
+        for cell in filter(is_run, notebook.cells):
+            shown = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [stable(output, work, runs) for output in shown
+                            if WIDGET not in output.get("data", {})]
     return notebook
 
 
-def _is_shown(output: nbformat.NotebookNode) -> bool:
-    return output.get("name") != "stderr" and WIDGET not in output.get("data", {})
-
-
-def _stable(output, work: str, names: dict[str, str]):
-    """The same with places and run ids of this execution replaced, the latter by RUN_ID_1, RUN_ID_2, …"""
+def stable(output, work: str, runs: dict[str, str]):
+    """The same without folders of this execution; ids of runs become RUN_ID_1, RUN_ID_2, …"""
     if isinstance(output, dict):
-        pictures = ("image/png", "image/jpeg")
-        return nbformat.from_dict({k: v if k in pictures else _stable(v, work, names) for k, v in output.items()})
-    if isinstance(output, list):
-        return [_stable(value, work, names) for value in output]
+        return nbformat.from_dict({key: value if key == "image/png" else stable(value, work, runs)
+                                   for key, value in output.items()})
     if not isinstance(output, str):
         return output
     text = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", output)
-    text = re.sub(r"^[^\n]*\r(?!\n)", "", text, flags=re.MULTILINE)  # what a progress bar wrote over
-    for place in (work, str(ROOT), sys.prefix):
-        text = text.replace(f"{place}/", "")
-    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp\w{{8}}/?", "", text)
-    return re.sub(r"\b[0-9a-f]{32}\b", lambda run: names.setdefault(run[0], f"RUN_ID_{len(names) + 1}"), text)
+    text = re.sub(r"^[^\n]*\r(?!\n)", "", text, flags=re.MULTILINE)  # overwritten progress bars
+    for folder in (work, str(ROOT), sys.prefix):
+        text = text.replace(f"{folder}/", "")
+    return re.sub(r"\b[0-9a-f]{32}\b",
+                  lambda run: runs.setdefault(run[0], f"RUN_ID_{len(runs) + 1}"),
+                  re.sub(TEMPORARY, "", text))
 
 
-def kinds(cell: nbformat.NotebookNode) -> Counter:
-    """How often each kind of output stands below a cell; text of one stream counts once."""
-    found = Counter(f"{o.output_type} {' + '.join(sorted(o.data))}" for o in cell.outputs if "data" in o)
-    found.update({f"stream {o.name}" for o in cell.outputs if o.output_type == "stream"})
-    found.update(f"error {o.ename}" for o in cell.outputs if o.output_type == "error")
-    return found
+def kinds(cell: nbformat.NotebookNode) -> list[str]:
+    """Kinds of a cell's outputs; all text of one stream is one output."""
+    streams = {output.name for output in cell.outputs if output.output_type == "stream"}
+    others = [output for output in cell.outputs if output.output_type != "stream"]
+    return sorted([*streams, *(" ".join([output.output_type, *sorted(output.get("data", []))])
+                               for output in others)])
 
 
-def compare(path: Path, write: bool) -> list[str]:
-    """What is wrong with a notebook's outputs, a line each, after its execution and, with `write`, the storing."""
+def check(path: Path, write: bool) -> list[str]:
+    """A line for each output that is wrong, after storing the fresh ones with `write`."""
     try:
         fresh = execute(path)
     except CellExecutionError as error:
-        return [f"{path.name}: a cell failed, nothing written: {error.ename}: {error.evalue}\n{error.traceback}"]
-    cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
-    flagged = [f"{path.name} [{cell.id}]: {what} in an output" for cell in cells
-               for what, pattern in VOLATILE.items() if pattern.search(_text(cell))]
+        return [f"{path.name}: a cell failed, nothing is written.\n{error}"]
+    wrong = []
+    for was, now in zip(nbformat.read(path, as_version=4).cells, fresh.cells, strict=True):
+        if is_run(now) and not write and kinds(was) != kinds(now):
+            wrong.append(f"{path.name} [{now.id}] has {kinds(was)}, gives {kinds(now)}")
+        text = "\n".join(text for output in now.get("outputs", []) if is_run(now)
+                         for kind, text in {**output, **output.get("data", {})}.items()
+                         if kind.startswith("text"))
+        wrong += [f"{path.name} [{now.id}] shows {what}" for what, pattern in VOLATILE.items()
+                  if re.search(pattern, text)]
     if write:
         nbformat.write(fresh, path)
         nbdev_clean(fname=str(path))
-        return flagged
-    old = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    return flagged + [f"{path.name} [{now.id}]: committed {dict(kinds(was)) or 'nothing'}, now {dict(kinds(now)) or 'nothing'}"
-                      for was, now in zip(old, cells, strict=True) if kinds(was) != kinds(now)]
-
-
-def _text(cell: nbformat.NotebookNode) -> str:
-    texts = [text for o in cell.outputs for kind, text in o.get("data", {"text": o.get("text", "")}).items()
-             if not kind.startswith("image/p")]
-    return "\n".join(map(str, texts))
+    return wrong
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("notebooks", nargs="*", type=Path, help="default: every stage notebook without a slow cell")
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: stages with no slow cell")
     parser.add_argument("--write", action="store_true", help="store the fresh outputs, cleaned")
     options = parser.parse_args()
-    every = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-    chosen = options.notebooks or [path for path in every if '"#| slow' not in path.read_text(encoding="utf-8")]
+    chosen = options.notebooks or [path for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+                                   if '"#| slow' not in path.read_text(encoding="utf-8")]
     with ThreadPoolExecutor(1 if options.write else 2) as pool:
-        wrong = [line for lines in pool.map(lambda path: compare(path, options.write), chosen) for line in lines]
-    fine = "Stored." if options.write else "Committed outputs are of the kinds that the notebooks give now."
-    print(*wrong or [fine], sep="\n")
+        wrong = sum(pool.map(lambda path: check(path, options.write), chosen), [])
+    print(*wrong or ["Nothing is wrong with the outputs."], sep="\n")
     sys.exit(bool(wrong))
