@@ -85,6 +85,7 @@ def find_notebook(name: str) -> str:
 def run_tests(**options) -> None:
     """Runs cells of the stage notebooks; ends the program if one fails."""
     warnings.simplefilter("ignore")
+    del sys.argv[1:]  # options of this program are none of a notebook's
     with tempfile.TemporaryDirectory() as work:
         for name in ("STORAGE_DIR", "RESULTS_DIR"):
             os.environ[f"MADEWITHML_{name}"] = f"{work}/{name.lower()}"
