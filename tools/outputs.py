@@ -35,21 +35,17 @@ class Client(NotebookClient):
         return await super().async_execute_cell(cell, *args, **kwargs) if is_run(cell) else cell
 
 
-def execute(path: Path) -> nbformat.NotebookNode:
+def execute(path: Path, work: str) -> nbformat.NotebookNode:
     """The notebook with fresh outputs of the cells that are run. Raises CellExecutionError."""
     notebook = nbformat.read(path, as_version=4)
-    with tempfile.TemporaryDirectory() as work:
-        env = {"PYTHONPATH": f"{ROOT}", "PYTHONWARNINGS": "ignore", "OMP_WAIT_POLICY": "PASSIVE"}
-        for name in ("STORAGE_DIR", "STORAGE", "RESULTS_DIR", "RESULTS"):
-            env[f"MADEWITHML_{name}"] = f"{work}/{name.partition('_')[0].lower()}"
-        client = Client(notebook, timeout=900, extra_arguments=["--log-level=ERROR"],
-                        store_widget_state=False, resources={"metadata": {"path": ROOT / "nbs"}})
-        client.execute(env=os.environ | env | {"IN_TEST": "1"})
-        runs: dict[str, str] = {}
-        for cell in filter(is_run, notebook.cells):
-            shown = [output for output in cell.outputs if output.get("name") != "stderr"]
-            cell.outputs = [stable(output, work, runs) for output in shown
-                            if WIDGET not in output.get("data", {})]
+    client = Client(notebook, timeout=900, extra_arguments=["--log-level=ERROR"],
+                    store_widget_state=False, resources={"metadata": {"path": ROOT / "nbs"}})
+    client.execute()
+    runs: dict[str, str] = {}
+    for cell in filter(is_run, notebook.cells):
+        shown = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = [stable(output, work, runs) for output in shown
+                        if WIDGET not in output.get("data", {})]
     return notebook
 
 
@@ -77,17 +73,17 @@ def kinds(cell: nbformat.NotebookNode) -> list[str]:
                                for output in others)])
 
 
-def check(path: Path, write: bool) -> list[str]:
+def check(path: Path, work: str, write: bool) -> list[str]:
     """A line for each output that is wrong, after storing the fresh ones with `write`."""
     try:
-        fresh = execute(path)
+        fresh = execute(path, work)
     except CellExecutionError as error:
         return [f"{path.name}: a cell failed, nothing is written.\n{error}"]
     wrong = []
     for was, now in zip(nbformat.read(path, as_version=4).cells, fresh.cells, strict=True):
         if is_run(now) and not write and kinds(was) != kinds(now):
             wrong.append(f"{path.name} [{now.id}] has {kinds(was)}, gives {kinds(now)}")
-        text = "\n".join(text for output in now.get("outputs", []) if is_run(now)
+        text = "\n".join(text for output in (now if write else was).get("outputs", [])
                          for kind, text in {**output, **output.get("data", {})}.items()
                          if kind.startswith("text"))
         wrong += [f"{path.name} [{now.id}] shows {what}" for what, pattern in VOLATILE.items()
@@ -105,7 +101,10 @@ if __name__ == "__main__":
     options = parser.parse_args()
     chosen = options.notebooks or [path for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
                                    if '"#| slow' not in path.read_text(encoding="utf-8")]
-    with ThreadPoolExecutor(1 if options.write else 2) as pool:
-        wrong = sum(pool.map(lambda path: check(path, options.write), chosen), [])
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(2) as pool:
+        os.environ |= {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "IN_TEST": "1",
+                       "OMP_WAIT_POLICY": "PASSIVE", "MADEWITHML_STORAGE_DIR": f"{work}/storage",
+                       "MADEWITHML_RESULTS_DIR": f"{work}/results"}
+        wrong = sum(pool.map(lambda path: check(path, work, options.write), chosen), [])
     print(*wrong or ["Nothing is wrong with the outputs."], sep="\n")
     sys.exit(bool(wrong))
