@@ -6,7 +6,7 @@ import statistics
 import sys
 from pathlib import Path
 
-OLD_MODULES = """aliases arrivals cluster comment compare guard intake job journal optimize plots
+OLD_MODULES = """aliases arrivals cluster comment compare guard intake job journal optimize
 proxy quality reference results session worker"""
 # `.name` is a member of any class, `Class.name` of one, the rest are on the level of a module.
 OLD_NAMES = """code_dir checkout packaged_dir workload_notebook digest give_way read_policy
