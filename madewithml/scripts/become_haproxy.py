@@ -1,8 +1,7 @@
-"""Ray starts this in place of HAProxy: it asks the supervisor what to run, and becomes that.
-
-Arguments: the supervisor's socket, the descriptor for the listening socket, the path of HAProxy's
-binary, and the arguments that Ray gives to HAProxy. Runs with `python -I -S`: standard library only.
-"""
+# Ray starts this in place of HAProxy: it asks the supervisor what to run, and becomes that.
+#
+# Arguments: the supervisor's socket, the descriptor for the listening socket, the path of HAProxy's
+# binary, and the arguments that Ray gives to HAProxy. Runs with `python -I -S`: standard library only.
 import json
 import os
 import socket
