@@ -16,4 +16,4 @@ with socket.socket(socket.AF_UNIX) as supervisor:
     reply, received, _, _ = socket.recv_fds(supervisor, 1 << 20, 1)
 for listening_socket in received:
     os.dup2(listening_socket, int(descriptor), inheritable=True)
-os.execv(binary, [binary, *json.loads(reply)])
+os.execv(binary, [binary, *json.loads(reply)])  # noqa: S606

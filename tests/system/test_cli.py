@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from madewithml.schemas import RESULT_SCHEMAS
-from tests.conftest import ROOT, call_cli, run_cli
+from tests.conftest import ROOT, fork_cli, run_cli
 
 HEADER = "id,created_on,title,description,tag\n"
 GOOD = "".join(f"{i},2025-01-01,title {i},description {i},{'a' if i % 2 else 'b'}\n" for i in range(8))
@@ -42,7 +42,7 @@ def test_bad_table(command: str, content: str | bytes | None, said: str, tmp_pat
     (["--no-such-option"], "No such option"),
 ])
 def test_bad_option(args: list[str], said: str, tmp_path: Path) -> None:
-    done = call_cli("train", "--dataset-loc", str(ROOT / "datasets" / "dataset.csv"), *args, cwd=tmp_path)
+    done = fork_cli("train", "--dataset-loc", str(ROOT / "datasets" / "dataset.csv"), *args, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -57,13 +57,13 @@ def test_bad_option(args: list[str], said: str, tmp_path: Path) -> None:
     (["pr-comment", "--event", "event.json"], "The environment variable 'GITHUB_TOKEN' is missing"),
 ], ids=["search space", "initial point", "no cluster", "no workload", "no cluster up", "workload option", "no token of GitHub"])
 def test_told_in_one_line(args: list[str], said: str, tmp_path: Path) -> None:
-    done = call_cli(*args, cwd=tmp_path)
+    done = fork_cli(*args, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("Error: ") and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_setting(tmp_path: Path) -> None:
-    done = call_cli("report", cwd=tmp_path, MADEWITHML_MAX_LENGTH="many")
+    done = fork_cli("report", cwd=tmp_path, MADEWITHML_MAX_LENGTH="many")
     assert done.returncode == 2 and "max_length" in done.stderr and done.stderr.count("\n") == 1
 
 

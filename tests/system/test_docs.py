@@ -28,7 +28,7 @@ from madewithml.cli import app
 from madewithml.config import Settings, UserError
 from madewithml.pipeline import parse_parameters
 
-from ..conftest import ROOT, Run, environment_of, running
+from ..conftest import ROOT, Run, get_clean_env, is_running
 
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 SAMPLES = [*HOW_TO, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "deploy/README.md", "deploy/kuberay/README.md", "docs/notebooks.md"))]
@@ -178,7 +178,7 @@ def background(command: list[str], cwd: Path, env: dict[str, str]) -> Iterator[N
             os.killpg(process.pid, 2)
             process.communicate(timeout=60)
             psutil.wait_procs(family, timeout=30)
-            assert not [child for child in family if running(child)]
+            assert not [child for child in family if is_running(child)]
 
 
 def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
@@ -214,7 +214,7 @@ def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if slow(page) else []) for page in HOW_TO if page.stem != "index"])
 def test_how_to_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A page's samples, run as a reader would after `make run`: its results and its runs are there, the registry is the page's own."""
-    env = environment_of({"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"})
+    env = get_clean_env(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
     if "<!-- storage: own -->" not in page.read_text(encoding="utf-8"):
         trained: Run = request.getfixturevalue("trained")
         shutil.copytree(trained.results, tmp_path / "results" / "main")

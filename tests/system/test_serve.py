@@ -21,7 +21,7 @@ import psutil
 import pytest
 from pyarrow import parquet
 
-from ..conftest import ROOT, Run, environment_of, running
+from ..conftest import ROOT, Run, get_clean_env, is_running
 
 HOLDOUT = ROOT / "datasets" / "holdout.csv"
 ITEM = {"title": "YOLO in the browser", "description": "Finds objects in a webcam's picture, without a server."}
@@ -59,7 +59,7 @@ def serving(run: Run, *options: str, driver: Path | None = None, **variables: st
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(driver), str(port)] if driver else [str(Path(sys.executable).with_name("madewithml")), "serve", "--port", str(port), *options]
-    with subprocess.Popen(command, cwd=run.folder, env=environment_of(variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+    with subprocess.Popen(command, cwd=run.folder, env=get_clean_env(**variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
         try:
             said = ""
             while "Ctrl-C stops it" not in said:
@@ -73,7 +73,7 @@ def serving(run: Run, *options: str, driver: Path | None = None, **variables: st
                 process.send_signal(signal.SIGINT)
             process.communicate(timeout=60)  # closes standard input, which ends a driver
             until = time.monotonic() + 30
-            while (left := [child for child in family if running(child)]) and time.monotonic() < until:
+            while (left := [child for child in family if is_running(child)]) and time.monotonic() < until:
                 time.sleep(0.2)
             assert not left, left
             assert process.returncode == 0

@@ -16,7 +16,7 @@ from moto.server import ThreadedMotoServer
 
 from madewithml.data import stratified_split
 from madewithml.schemas import MonitorResults
-from tests.conftest import ROOT, Run, call_cli, run_cli
+from tests.conftest import ROOT, Run, fork_cli, run_cli
 
 HOLDOUT = str(ROOT / "datasets" / "holdout.csv")
 TRIALS = 10
@@ -37,7 +37,7 @@ class Loop:
         rows.to_csv(self.new / name, index=False)
 
     def trigger(self, *more: str, **variables: str) -> subprocess.CompletedProcess:
-        return call_cli("trigger", *self.args, *more, cwd=self.folder, **variables)
+        return fork_cli("trigger", *self.args, *more, cwd=self.folder, **variables)
 
     @property
     def ledger(self) -> list[dict]:
@@ -131,7 +131,7 @@ def test_dry_run_leaves_no_trace(served: Run, fresh: pd.DataFrame, tmp_path: Pat
     (["--train-loop-config", "{oops"], "not JSON"),
 ])
 def test_wrong_option(args: list[str], said: str, tmp_path: Path) -> None:
-    done = call_cli("trigger", *args, cwd=tmp_path)
+    done = fork_cli("trigger", *args, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -142,7 +142,7 @@ def test_drift_in_two_windows_without_rows_alerts(tmp_path: Path) -> None:
         window = MonitorResults(run_id="r", version=1, window_start=f"2026-01-01T{hour:02}:00", window_end=f"2026-01-01T{hour + 1:02}:00", num_samples=200, has_enough_rows=True, tests=[],
                                 performance=None, drift=hour > 0, alarm=hour > 0)
         (tmp_path / "monitor.json").write_text(window.model_dump_json())
-        done = call_cli("trigger", "--monitor-results", "monitor.json", "--policy", "policy.yaml", cwd=tmp_path, MADEWITHML_WEBHOOK_URL="http://127.0.0.1:9/secret")
+        done = fork_cli("trigger", "--monitor-results", "monitor.json", "--policy", "policy.yaml", cwd=tmp_path, MADEWITHML_WEBHOOK_URL="http://127.0.0.1:9/secret")
         assert done.returncode == 0 and f'"decision": "{decision}"' in done.stdout, (hour, done.stdout, done.stderr)
         message = json.loads((tmp_path / "results" / "trigger" / "trigger.json").read_text())["message"]
         assert message == ("not delivered to 127.0.0.1 in 1 tries: nobody answers" if decision == "alert" else "")
