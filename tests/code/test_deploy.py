@@ -296,7 +296,7 @@ def test_build_context_is_what_is_copied() -> None:
     setup = "".join(path.read_text(encoding="utf-8") for path in files)
     [package_dir] = re.findall(r"package_dir=(\{.+\})", setup)
     sources = {*re.findall(r'root / "([^"]+)"', setup), *json.loads(package_dir).values()}
-    assert sources | {read_settings()["lib_path"], "setup.py", "pyproject.toml"} <= copied
+    assert sources | {read_settings()["lib_name"], "setup.py", "pyproject.toml"} <= copied
 
 
 # --- one version everywhere

@@ -134,7 +134,7 @@ def test_serve_takes_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     from madewithml.cli import app
     seen, command = [], ["serve", "--config"]
     monkeypatch.setattr(serve, "serve_forever", lambda config, *_: seen.append(config.model_dump(mode="json")))
-    config = {"alias": "challenger", "run_id": "abc", "model_name": "other", "precision": "fp32", "runtime": "torch", "shadow": True, "token_file": "token", "allowed_data_dirs": ["tables"], "log_dir": "log",
+    config = {"alias": "challenger", "run_id": "abc", "model_name": "other", "precision": "fp32", "runtime": "torch", "shadow_challenger": True, "token_file": "token", "allowed_data_dirs": ["tables"], "log_dir": "log",
               "log_sample_rate": 0.5, "log_text": "keep"}
     options = ["--alias", "previous", "--token-file", "/other/token", "--log-text", "hash"]
     for more in ([], options):
