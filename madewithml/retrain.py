@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from .registry import get_aliases, resolve_alias
-from .ingest import ScanResult, scan, state_dir, synced_state_dir
+from .ingest import ScanResult, scan, default_state_dir, synced_state_dir
 from .gate import gate_table
 from .config import RunOptions, TrainOptions, CheckFailed, TriggerPolicy, UserError, get_settings, bundled_dir
 from .ingest_checks import IngestBaseline, accepted_rows, champion_predictor, training_lineage, validate_new_table, build_training_table, merge_tables, read_ingest_results, save_ingest_result
@@ -183,7 +183,7 @@ def _temporary_state_dir() -> Iterator[Path]:
     "A copy of what the loop remembers, for the length of the block."
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder) / "trigger"
-        if state_dir().is_dir(): shutil.copytree(state_dir(), home)
+        if default_state_dir().is_dir(): shutil.copytree(default_state_dir(), home)
         home.mkdir(exist_ok=True)
         yield home
 
