@@ -439,10 +439,10 @@ class ClassifierDeployment:
         # Imports take seconds of processor time, which other replicas need for their answers.
         with ThreadPoolExecutor(1, initializer=lower_thread_priority) as low_priority_pool:
             module = low_priority_pool.submit(importlib.import_module, "madewithml.serve").result()
-        self.service, self.app = module._start_replica(config)
+        self.service, self.limited_app = module._start_replica(config)
 
     def __serve_build_asgi_app__(self) -> LimitsMiddleware:
-        return self.app
+        return self.limited_app
 
     def __del__(self):
         self.service.close()
