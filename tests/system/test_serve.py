@@ -145,7 +145,7 @@ def test_a_person_types_and_sees_the_class(page, served: Served) -> None:
     page.wait_for_selector(".row.best")
     assert page.locator(".row.best .label").inner_text() == "computer-vision"
     assert page.locator(".row").count() == 4
-    assert page.locator("#note").inner_text().startswith("computer-vision, says version")
+    assert page.locator("#note").inner_text().startswith("computer-vision, predicted by version")
     page.screenshot(path=served.run.folder / "ui.png")
 
 
