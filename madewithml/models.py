@@ -67,7 +67,8 @@ def _num_positions(config: PreTrainedConfig) -> int|None:
     positions = getattr(config, "max_position_embeddings", 0) or 0
     is_relative = not getattr(config, "position_biased_input", True)
     if positions <= 0 or is_relative: return None
-    if config.model_type in _POSITIONS_AFTER_PADDING: positions -= config.pad_token_id + 1
+    if config.model_type in _POSITIONS_AFTER_PADDING:
+        positions -= config.pad_token_id + 1
     return positions
 
 def check_max_length(

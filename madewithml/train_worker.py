@@ -18,7 +18,7 @@ from ray.train import Checkpoint
 from ray.util.queue import Queue
 
 from .models import build_classifier, load_classifier, load_tokenizer, save_classifier, set_seed
-from .finetune import FineTuner, select_epoch, apply_temperature, get_class_weights, total_steps, train_epochs, linear_probe_init
+from .finetune import FineTuner, WorkerContext, select_epoch, apply_temperature, get_class_weights, total_steps, train_epochs, linear_probe_init
 from .schemas import EpochMetrics
 from .storage import find_corruption, write_checksums
 
@@ -42,7 +42,7 @@ def train_loop_per_worker(
         else: model, history = build_classifier(job.encoder, loop["label2id"], config.dropout_p).to(device), []
         if not folder and config.linear_probe_init: linear_probe_init(model, tokens["train"], pad_id, job.precision)
         tuning = FineTuner(model, config, total_steps(len(tokens["train"]), config), pad_id, job.precision, job.seed,
-                            get_class_weights(tokens["train"], model, config), rank, context.get_world_size(), ray.train.torch.prepare_model)
+                            get_class_weights(tokens["train"], model, config), WorkerContext(rank, context.get_world_size(), ray.train.torch.prepare_model))
         if folder: tuning.load_state_dict(torch.load(folder / STATE, map_location=device, weights_only=True))
 
     for metrics in train_epochs(tuning, tokens["train"], tokens["val"], history, events.step):
