@@ -75,6 +75,7 @@ def _probe_batches(tokens: RaggedTokens) -> list[np.ndarray]:
     order = np.argsort(tokens.lengths, kind="stable")
     return np.array_split(order, -(-len(tokens) // 64))
 
+# %% ../nbs/21_finetune.ipynb #2da6e7f4
 @torch.no_grad()
 def _fit_pooler(
     pooler: nn.Linear, encoder: PreTrainedModel, train: RaggedTokens, pad_id: int, precision: str,
@@ -96,6 +97,7 @@ def _classification_layer(model: PreTrainedModel) -> nn.Linear:
     "The layer that computes the logits: the last linear one."
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
 
+# %% ../nbs/21_finetune.ipynb #95b5db1c
 def _layer_inputs(
     layer: nn.Linear, model: PreTrainedModel, tokens: RaggedTokens, pad_id: int, precision: str,
 ) -> np.ndarray:
@@ -312,6 +314,7 @@ def select_epoch(
     limit = least.val_loss + least.val_loss_se
     return [metrics for metrics in history if metrics.val_loss <= limit][-1]
 
+# %% ../nbs/21_finetune.ipynb #00490cad
 def should_stop(
     history:list[EpochMetrics], # epochs done
     patience:int, # epochs after the selected one that end training
@@ -330,6 +333,7 @@ def _combine(epoch: int, results: list[dict[str, Any]], validation: dict) -> Epo
         train_loss=sum(result["loss_sum"] for result in results) / num_rows,
         samples_per_second=num_rows / seconds, **validation)
 
+# %% ../nbs/21_finetune.ipynb #1bd6bc68
 def train_epochs(
     trainer:FineTuner, # the training in progress
     train:RaggedTokens, # training rows
