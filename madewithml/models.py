@@ -50,6 +50,7 @@ def _as_user_errors(source: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
 
+# %% ../nbs/20_models.ipynb #223bcb90
 def load_tokenizer(
     encoder:str, # 'embedded', a Hugging Face id or a directory
 ) -> PreTrainedTokenizerFast:
@@ -67,9 +68,11 @@ def _num_positions(config: PreTrainedConfig) -> int|None:
     positions = getattr(config, "max_position_embeddings", 0) or 0
     is_relative = not getattr(config, "position_biased_input", True)
     if positions <= 0 or is_relative: return None
-    if config.model_type in _POSITIONS_AFTER_PADDING: positions -= config.pad_token_id + 1
+    if config.model_type in _POSITIONS_AFTER_PADDING:
+        positions -= config.pad_token_id + 1
     return positions
 
+# %% ../nbs/20_models.ipynb #fac211f8
 def check_max_length(
     encoder:str, # 'embedded', a Hugging Face id or a directory
     max_length:int, # tokens kept of a text, special tokens included
@@ -134,6 +137,7 @@ def default_device() -> torch.device:
     "The GPU if there is one, else the CPU."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+# %% ../nbs/20_models.ipynb #bd9e3998
 def supports_bf16(
     device:torch.device, # of the model
 ) -> bool:
@@ -257,6 +261,7 @@ def model_max_length(
     "Tokens kept of a text, as in training; a saved tokenizer stores the number."
     return min(tokenizer.model_max_length, 8192)
 
+# %% ../nbs/20_models.ipynb #e3960e60
 def predict_proba(
     model:PreTrainedModel, # a classifier
     tokenizer:PreTrainedTokenizerFast, # its tokenizer
@@ -292,6 +297,7 @@ def mean_pool(
     mask = attention_mask.unsqueeze(-1)
     return (hidden_states * mask).sum(1) / mask.sum(1)
 
+# %% ../nbs/20_models.ipynb #d6f800eb
 def embed_texts(
     model:PreTrainedModel, # an encoder, or a classifier, whose encoder is used
     tokenizer:PreTrainedTokenizerFast, # its tokenizer
@@ -342,6 +348,7 @@ def _check_classifier_dir(folder: Path) -> None:
         raise UserError(f"{folder}: {corruption}.", "Copy the classifier again, or delete "
                         "digests.json if the change was intended.")
 
+# %% ../nbs/20_models.ipynb #7dd1be1e
 def load_classifier(
     folder:str|Path, # directory of a saved classifier
     device:torch.device|None=None, # None: the default device

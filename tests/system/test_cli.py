@@ -17,7 +17,7 @@ GOOD = "".join(f"{i},2025-01-01,title {i},description {i},{'a' if i % 2 else 'b'
 @pytest.mark.parametrize(("content", "said"), [
     ("id,title,tag\n1,a,x\n", "column 'description' is missing"),
     (HEADER, "the table has no rows"),
-    (HEADER + GOOD + "9,2025-01-01,lonely,row,c\n", "label 'c' is seen 1 time(s)"),
+    (HEADER + GOOD + "9,2025-01-01,lonely,row,c\n", "label 'c' has 1 row"),
     ((HEADER + GOOD).encode() + b"9,2025-01-01,caf\xe9,row,a\n", "row 10 (the header is row 1) is not UTF-8"),
     (HEADER + GOOD + "9,2025-01-01,short,a\n", "row 10 (the header is row 1) has 4 fields instead of 5"),
     (None, "no such file"),
