@@ -25,7 +25,7 @@ run: install ## the main job: validate, train, evaluate, predict, register, repo
 
 lint: install ## style, types and spelling of the code, notebooks in sync with the modules and clean
 	@$(BIN)/ruff check --quiet
-	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --baseline tools/types.json
 	@$(BIN)/codespell
 	@$(BIN)/python tools/check.py
 
