@@ -110,7 +110,7 @@ def build_reference(
     folder, params, label = fetch_checkpoint(run_id), get_run(run_id).data.params, get_settings().label_column
     train, holdout = load_run_data(run_id, holdout_loc)
     model, _ = load_classifier(folder)
-    labels, frozen = class_names(model), int(params.get("best_freeze_layers", params.get("num_frozen_layers", 0)))
+    labels, frozen = class_names(model), int(params.get("best_num_frozen_layers", params.get("num_frozen_layers", 0)))
     layer = frozen or model.config.num_hidden_layers // 2
     texts, truth = build_texts(train) + build_texts(holdout), [*train[label], *holdout[label]]
     is_holdout = np.repeat([False, True], [len(train), len(holdout)])
