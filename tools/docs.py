@@ -24,7 +24,7 @@ import nbformat
 
 ROOT = Path(__file__).parents[1]
 STAGE, SITE = ROOT / "_proc" / "site", ROOT / "_docs"
-MARKDOWN = ["CONTRIBUTING.md", "datasets/README.md", "deploy/README.md", "deploy/kuberay/README.md"]
+MARKDOWN = ["CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "datasets/README.md", "deploy/README.md", "deploy/kuberay/README.md"]
 HIDDEN = {"hide", "default_exp"}  # directives of nbdev: of a cell that readers do not see
 NO_SOURCE = {"hide_input", "echo: false"}
 NO_OUTPUT = {"hide_output", "output: false"}
@@ -246,7 +246,7 @@ def methods(name: str, kind: type) -> str:
     parts = []
     for method, value in vars(kind).items():
         function = value.fget if isinstance(value, property) else value.__func__ if isinstance(value, classmethod | staticmethod) else value
-        if method.startswith("_") or not inspect.isroutine(function) or not (function.__module__ or "").startswith("madewithml."):
+        if method.startswith("_") or method in getattr(kind, "__dataclass_fields__", {}) or not inspect.isroutine(function) or not (function.__module__ or "").startswith("madewithml."):
             continue
         if isinstance(value, property):
             parts.append(f"`{name}.{method}`\n: {inspect.getdoc(function) or ''} ({code(annotation(inspect.signature(function).return_annotation)) or 'property'})\n")
