@@ -1,4 +1,4 @@
-"""Every notebook runs from a fresh kernel, top to bottom, and says nothing that a reader could do nothing about."""
+"""Every notebook runs from a fresh kernel, top to bottom, and writes nothing to stderr."""
 import importlib.util
 import json
 import os
@@ -22,7 +22,7 @@ from tests.conftest import ROOT, Run
 NBS = ROOT / "nbs"
 ALL = sorted(path.relative_to(NBS).with_suffix("").as_posix() for path in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 # Parameters that make each small. Light ones run with `make test`, the rest with `make test-slow`, or where they say.
-LIGHT = {"explore/eda": {"max_rows": 300}}
+LIGHT = {"explore/eda": {"max_rows": 300}, "explore/one_row": {"num_samples": 96}}
 SLOW = {
     "explore/error_analysis": {"dataset_loc": "SMALL", "num_epochs": 1},
     "explore/baselines": {"num_samples": 160, "num_epochs": 1, "rounds": 1},
