@@ -458,10 +458,7 @@ def trigger(
 
     def turn() -> None:
         windows = load_monitor_results(monitor_results)
-        decision, verdicts = run_once(
-            trigger_policy, windows, options.new_data, options.dataset_loc, options.holdout_loc,
-            options.promotion_policy, options.model_name, options.address, options.dry_run,
-            train_options)
+        decision, verdicts = run_once(trigger_policy, windows, options, train_options)
         if not options.dry_run:
             write_results(decision, results_fp)
         fields = {"id", "decision", "causes", "status", "outcome", "notification_status"}

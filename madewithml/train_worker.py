@@ -152,7 +152,7 @@ def _report_epoch(
     best = metrics.epoch if select_epoch(history) is metrics else 0
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
-        if trainer.rank == 0:
+        if trainer.worker.rank == 0:
             save_checkpoint(folder, trainer, tokenizer, max_length, history)
             checkpoint = Checkpoint.from_directory(folder)
         ray.train.report(metrics.model_dump() | {"is_best": best}, checkpoint=checkpoint)
