@@ -425,7 +425,7 @@ def shard_batches(
 
 # %% ../nbs/10_data.ipynb #66f4ae37
 def pad_sequences(
-    rows:Sequence[Sequence[int]], # token ids of each text
+    rows:Sequence[Sequence[int]|np.ndarray], # token ids of each text
     pad_id:int, # id of the padding token
     width:int, # tokens of the longest text, or more
 ) -> tuple[np.ndarray, np.ndarray]:
