@@ -77,7 +77,7 @@ def test_run_wrote_everything(trained) -> None:
     report = (trained.results / "report.md").read_text(encoding="utf-8")
     assert f"{trained.json('evaluate')['overall']['f1']:.3f}" in report
     assert (trained.results / "data_docs").is_dir()
-    assert "Where things lie" in (trained.folder / "stdout.txt").read_text(encoding="utf-8")
+    assert "Files:" in (trained.folder / "stdout.txt").read_text(encoding="utf-8")
 
 
 def test_every_training_row_is_seen(trained) -> None:
@@ -90,7 +90,7 @@ def test_second_run_does_nothing_again(trained) -> None:
     before = (trained.results / "train.json").stat().st_mtime
     done = trained.cli("run", "--num-epochs", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("unchanged, results stand") == 5
+    assert done.stdout.count("unchanged, results are up to date") == 5
     assert (trained.results / "train.json").stat().st_mtime == before
 
 

@@ -100,7 +100,7 @@ def test_late_labels(trained: Run, engine: Engine, tmp_path: Path) -> None:
     (["--log-dir", "log", "--since", "lately"], "--since: 'lately'"),
     (["--log-dir", "log", "--window", "10"], "--window must be 50 to 2000"),
     (["--log-dir", "log", "--labels", "labels.csv"], "labels.csv: no such file"),
-    (["--log-dir", "log", "--alias", "emperor"], "is the emperor"),
+    (["--log-dir", "log", "--alias", "emperor"], "has no emperor"),
 ], ids=["no folder", "no log", "since", "window", "labels", "alias"])
 def test_told_in_one_line(trained: Run, options: list[str], said: str) -> None:
     log = trained.folder / "log"

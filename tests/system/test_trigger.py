@@ -46,7 +46,7 @@ class Loop:
 
     @property
     def champion(self) -> int:
-        code = "from madewithml.registry import aliases; print(aliases()['champion'])"
+        code = "from madewithml.registry import get_aliases; print(get_aliases()['champion'])"
         return int(subprocess.run([sys.executable, "-c", code], cwd=self.folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True).stdout)
 
 
@@ -70,7 +70,7 @@ def served(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The trained run with its version as the champion."""
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(trained.folder / "storage", folder / "storage")
-    subprocess.run([sys.executable, "-c", f"from madewithml.registry import aliases, promote_challenger; from madewithml.register import register_model; name = register_model({trained.run_id!r}).model_name; promote_challenger(name, aliases(name))"],
+    subprocess.run([sys.executable, "-c", f"from madewithml.registry import get_aliases, promote_challenger, register_model; name = register_model({trained.run_id!r}).model_name; promote_challenger(name, get_aliases(name))"],
                    cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     return Run(folder)
 
@@ -99,15 +99,15 @@ def test_poisoned_tables_are_refused(served: Run, fresh: pd.DataFrame, tmp_path:
     (loop.new / "half.csv.part").write_text("id,cre")
     done = loop.trigger()
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("Check failed: ") and done.stderr.rstrip().endswith("The champion stays."), done.stderr
-    said = {Path(verdict["loc"]).name: verdict for verdict in (json.loads(path.read_text()) for path in (tmp_path / "storage" / "trigger" / "batches").glob("*.json"))}
-    assert {name: verdict["state"] for name, verdict in said.items()} == {"a-honest.csv": "accepted"} | dict.fromkeys(
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("Check failed: ") and done.stderr.rstrip().endswith("The champion is unchanged."), done.stderr
+    said = {Path(verdict["uri"]).name: verdict for verdict in (json.loads(path.read_text()) for path in (tmp_path / "storage" / "trigger" / "batches").glob("*.json"))}
+    assert {name: verdict["status"] for name, verdict in said.items()} == {"a-honest.csv": "accepted"} | dict.fromkeys(
         ["swapped.csv", "twice.csv", "known.csv", "empty.csv", "leak.csv", "label.csv", "unlabeled.csv", "broken.parquet"], "rejected")
-    for name, why in {"swapped": "labels agree with the champion", "twice": "no text stands twice", "known": "in the training table already", "empty": "'description' is empty no more often",
+    for name, why in {"swapped": "labels agree with a confident champion", "twice": "no text appears twice", "known": "is in the training table", "empty": "'description' is empty no more often",
                       "leak": "no text is in the holdout", "label": "'tag' is one of", "unlabeled": "column 'tag' is missing"}.items():
         assert why in said[f"{name}.csv"]["reason"] and why in done.stdout
     assert "new/broken.parquet: " in said["broken.parquet"]["reason"] and "Parquet magic bytes not found" in said["broken.parquet"]["reason"]
-    assert [entry["decision"] for entry in loop.ledger] == ["alert"] and len(loop.ledger[0]["figures"]["rejected"]) == 8
+    assert [entry["decision"] for entry in loop.ledger] == ["alert"] and len(loop.ledger[0]["evidence"]["rejected"]) == 8
     assert loop.champion == before
     again = loop.trigger()
     assert again.returncode == 0 and '"decision": "nothing"' in again.stdout  # each is told once
@@ -127,7 +127,7 @@ def test_dry_run_leaves_no_trace(served: Run, fresh: pd.DataFrame, tmp_path: Pat
     (["--policy", "nowhere.yaml"], "--policy: No such file or directory"),
     (["--promotion-policy", "nowhere.yaml"], "--promotion-policy: No such file or directory"),
     (["--dataset-loc", "nowhere.csv", "--holdout-loc", HOLDOUT], "nowhere.csv: no such file."),
-    (["--dataset-loc", HOLDOUT], "--holdout-loc is needed"),
+    (["--dataset-loc", HOLDOUT], "--holdout-loc is required"),
     (["--train-loop-config", "{oops"], "not JSON"),
 ])
 def test_wrong_option(args: list[str], said: str, tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_drift_in_two_windows_without_rows_alerts(tmp_path: Path) -> None:
         (tmp_path / "monitor.json").write_text(window.model_dump_json())
         done = fork_cli("trigger", "--monitor-results", "monitor.json", "--policy", "policy.yaml", cwd=tmp_path, MADEWITHML_WEBHOOK_URL="http://127.0.0.1:9/secret")
         assert done.returncode == 0 and f'"decision": "{decision}"' in done.stdout, (hour, done.stdout, done.stderr)
-        message = json.loads((tmp_path / "results" / "trigger" / "trigger.json").read_text())["message"]
-        assert message == ("not delivered to 127.0.0.1 in 1 tries: nobody answers" if decision == "alert" else "")
+        message = json.loads((tmp_path / "results" / "trigger" / "trigger.json").read_text())["notification_status"]
+        assert message == ("not delivered to 127.0.0.1 in 1 attempt(s): connection failed" if decision == "alert" else "")
     assert "secret" not in (tmp_path / "storage" / "trigger" / "ledger.jsonl").read_text()
 
 
@@ -155,11 +155,11 @@ def test_watch_sees_what_comes_and_ends_cleanly(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert "No alarm" in process.stdout.readline()
         (loop.new / "late.csv").write_text("title,description,tag\na,b,c\n")
-        said = [line for line in iter(process.stdout.readline, "nothing: No alarm, and nothing new.\n") if "late.csv" in line]
+        said = [line for line in iter(process.stdout.readline, "nothing: No alarm and no new data.\n") if "late.csv" in line]
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said[0].startswith("new/late.csv: 1 new rows, rejected: the columns of the training table are there (missing: id, created_on)"), said
+    assert said[0].startswith("new/late.csv: 1 new rows, rejected: the table has the columns of the training table (missing: id, created_on)"), said
     assert [entry["decision"] for entry in loop.ledger] == ["nothing", "alert", "nothing"]
 
 
@@ -181,7 +181,7 @@ def test_new_tables_and_memory_in_a_bucket(served: Run, fresh: pd.DataFrame, tmp
             done = loop.trigger(MADEWITHML_SHARED_URI="s3://bucket/shared")
             assert done.returncode == 0, done.stderr
             assert (f"s3://bucket/new/a.csv: {len(fresh)} new rows, accepted" in done.stdout) == judged, done.stdout
-            assert f"{len(fresh)} new labeled rows wait in 1 table" in done.stdout
+            assert f"{len(fresh)} new labeled rows are waiting in 1 table" in done.stdout
             assert len(loop.ledger) == 1
             assert not any(b"not-to-be-seen" in path.read_bytes() for path in loop.folder.rglob("trigger/**/*") if path.is_file())
     finally:
@@ -254,7 +254,7 @@ def test_failed_retrain_is_written_down_and_cools_down(small: Run, tables: tuple
     (entry,) = loop.ledger
     assert (entry["decision"], entry["status"]) == ("retrain", "failed") and "/nowhere/model" in entry["outcome"] and loop.champion == 1
     again = loop.trigger()
-    assert again.returncode == 0 and "200 new labeled rows wait" in again.stdout and "the cool-down is 24" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "200 new labeled rows are waiting" in again.stdout and "the cooldown is 24" in again.stdout, again.stdout + again.stderr
 
 
 @pytest.mark.slow
@@ -267,5 +267,5 @@ def test_killed_retrain_goes_on_and_blocks_nobody(small: Run, tables: tuple[Path
     kill_cli("trigger", *loop.args, "--num-epochs", "1", cwd=tmp_path, at="▶ evaluate")
     assert [(entry["decision"], entry["status"]) for entry in loop.ledger] == [("retrain", "")] and loop.champion == 1
     done = loop.trigger("--num-epochs", "1")
-    assert done.returncode == 0 and "▶ train\n  unchanged, results stand" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "▶ train\n  unchanged, results are up to date" in done.stdout, done.stdout + done.stderr
     assert [(entry["decision"], entry["status"]) for entry in loop.ledger] == [("retrain", ""), ("retrain", "promoted")] and loop.champion == 2
