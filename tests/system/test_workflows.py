@@ -245,13 +245,13 @@ def test_whole_loop(github: FakeGitHub, tmp_path: Path) -> None:
         monitor(known[:200], alarm=False, decision="nothing")
         triples = [(offtopic.iloc[i].to_dict(), *known[2 * i:2 * i + 2]) for i in range(60)]
         drifted = [*itertools.chain(*triples), *known[300:320]]  # 30 % are of a new topic
-        texts = ("1 window(s) in a row",)
+        texts = ("1 consecutive window(s)",)
         monitor(drifted, alarm=True, decision="nothing", texts=texts)
         labeled = offtopic.head(40).assign(
             id=range(100_000, 100_040), created_on="2026-01-01", tag="other")
         new_rows = pd.concat([rest.sample(600, random_state=0), labeled])
         new_rows.to_csv(place / "new" / "labeled.csv", index=False)
-        texts = ("2 window(s) in a row", "drift", "Version 4 is the champion")
+        texts = ("2 consecutive window(s)", "drift", "Version 4 is the champion")
         monitor(drifted, alarm=True, decision="retrain", texts=texts)
         time.sleep(5)
         check_version(4)
