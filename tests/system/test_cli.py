@@ -82,7 +82,7 @@ def test_run_wrote_everything(trained) -> None:
 
 def test_every_training_row_is_seen(trained) -> None:
     train = trained.json("train")
-    assert [epoch["rows"] for epoch in train["metrics"]] == [train["num_train"]] * 2
+    assert [epoch["num_rows"] for epoch in train["metrics"]] == [train["num_train"]] * 2
     assert train["num_train"] + train["num_val"] == len(pd.read_csv(ROOT / "datasets" / "dataset.csv"))
 
 

@@ -42,7 +42,7 @@ def test_submit_brings_results_home(cluster: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "epoch 2/2" in done.stdout  # the log was followed
     results = RESULT_SCHEMAS["train"].model_validate_json((cluster / "results" / "sent" / "train.json").read_text())
-    assert results.params["num_workers"] == 2 and results.metrics[0].rows == results.num_train
+    assert results.params["num_workers"] == 2 and results.metrics[0].num_rows == results.num_train
     notebook = nbformat.read(cluster / "results" / "sent" / "train.ipynb", as_version=4)
     assert any(cell.get("outputs") for cell in notebook.cells)
 
