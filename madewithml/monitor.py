@@ -345,8 +345,8 @@ def _labeled_holdout(reference: Reference) -> tuple[np.ndarray, np.ndarray, np.n
 def _f1_with_interval(truth: np.ndarray, predicted: np.ndarray,
                       names: list[str]) -> tuple[float, float, float]:
     "Weighted F1 and its bootstrap interval."
-    ids = [np.searchsorted(names, labels) for labels in (truth, predicted)]
-    low, high = bootstrap_f1_interval(*ids, len(names))
+    truth_ids, predicted_ids = np.searchsorted(names, truth), np.searchsorted(names, predicted)
+    low, high = bootstrap_f1_interval(truth_ids, predicted_ids, len(names))
     return classification_metrics(truth, predicted).f1, low, high
 
 # %% ../nbs/62_monitor.ipynb #448a2688
@@ -477,7 +477,7 @@ def monitor_model(
     labels = read_delayed_labels(labels_loc) if labels_loc else {}
     version, run_id = (None, run_id) if run_id else resolve_alias(alias, model_name)
     rows = select_window(log, run_id, window, since)
-    facts = {"run_id": run_id, "version": version, **_window_facts(rows)}
+    facts: dict[str, Any] = {"run_id": run_id, "version": version, **_window_facts(rows)}
     if len(rows) < MIN_WINDOW_ROWS:
         get_or_create_reference(run_id)  # an unknown run is an error, however few the rows
         return MonitorResults(**facts, has_enough_rows=False, tests=[], performance=None,
