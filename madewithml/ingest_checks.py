@@ -86,6 +86,7 @@ def _row_check(name: str, is_wrong: pd.Series, shown: pd.Series) -> ExpectationR
     return ExpectationResult(name=name, success=not is_wrong.any(), checked=len(is_wrong),
                              unexpected=int(is_wrong.sum()), examples=examples)
 
+# %% ../nbs/64_ingest_checks.ipynb #93b37423
 def _rate_check(name: str, is_wrong: pd.Series, shown: pd.Series, success: bool,
                 observed: str) -> ExpectationResult:
     "A check of a rate; it has examples if it fails."
@@ -143,6 +144,7 @@ def _has_other_label(rows: pd.DataFrame, keys: pd.Series, train: pd.DataFrame) -
     train_label = keys.map(train[label].groupby(row_keys(train).to_numpy()).first())
     return is_ambiguous | (train_label.notna() & (train_label != rows[label]))
 
+# %% ../nbs/64_ingest_checks.ipynb #a7e8267d
 def _merge_checks(rows: pd.DataFrame, baseline: IngestBaseline) -> list[ExpectationResult]:
     "The rules for merging: every row new, none in the holdout, one label per text."
     train, id_column = baseline.train, get_settings().id_column
@@ -166,6 +168,7 @@ def _no_champion_check(name: str) -> ExpectationResult:
     return ExpectationResult(name=name, success=True, checked=0, unexpected=0,
                              observed="there is no champion yet")
 
+# %% ../nbs/64_ingest_checks.ipynb #b5746d62
 def _agreement_check(rows: pd.DataFrame, baseline: IngestBaseline,
                      policy: TriggerPolicy) -> ExpectationResult:
     "Whether a confident champion agrees with the labels as often as on the holdout."
@@ -217,6 +220,7 @@ def read_ingest_results(
     results = [read_results(IngestResult, path) for path in paths]
     return sorted(results, key=lambda result: (result.timestamp, result.digest))
 
+# %% ../nbs/64_ingest_checks.ipynb #b02b836d
 def save_ingest_result(
     result:IngestResult, # of a table
     state_dir:Path, # the trigger's state
@@ -225,6 +229,7 @@ def save_ingest_result(
     write_results(result, state_dir / "batches" / f"{result.digest}.json")
     return result
 
+# %% ../nbs/64_ingest_checks.ipynb #015f9ea6
 def read_accepted_rows(
     digest:str, # hash of an accepted table
     state_dir:Path, # the trigger's state
@@ -240,6 +245,7 @@ def _read_rows(table: NewTable) -> pd.DataFrame:
     rows[label] = [value.strip() if isinstance(value, str) else value for value in rows[label]]
     return rows
 
+# %% ../nbs/64_ingest_checks.ipynb #c530c93c
 def _without_replaced(baseline: IngestBaseline, replaced: list[IngestResult],
                       state_dir: Path) -> IngestBaseline:
     "The baseline without the rows of tables that the new one replaces."
@@ -249,6 +255,7 @@ def _without_replaced(baseline: IngestBaseline, replaced: list[IngestResult],
     remaining = baseline.train[~row_keys(baseline.train).isin(keys)].reset_index(drop=True)
     return replace(baseline, train=remaining)
 
+# %% ../nbs/64_ingest_checks.ipynb #2ac78dcb
 def _without_merged(rows: pd.DataFrame, merged: list[IngestResult],
                     state_dir: Path) -> pd.DataFrame:
     "The rows that no merged version of the file has contributed with the same label."
@@ -266,6 +273,7 @@ def _describe_failures(checks: list[ExpectationResult]) -> str:
         f"{check.name} ({check.observed or (check.examples or ['see the table'])[0]})"
         for check in checks if not check.success)
 
+# %% ../nbs/64_ingest_checks.ipynb #a988f4b1
 def _accept(result: IngestResult, rows: pd.DataFrame, replaced: list[IngestResult],
             state_dir: Path) -> IngestResult:
     "Stores the rows and the result, and rejects the versions that the table replaces."
@@ -345,6 +353,7 @@ def _is_built(path: Path) -> bool:
     lineage = json.loads(lineage_path.read_text(encoding="utf-8"))
     return lineage["digest"] == content_hash(path)
 
+# %% ../nbs/64_ingest_checks.ipynb #f4a53ffb
 def build_training_table(
     root_loc:str, # original training table
     digests:list[str], # hashes of accepted tables, in the order of their arrival

@@ -300,6 +300,7 @@ def _try_turn(turn: Callable[[], None], is_first: bool) -> None:
         kind = "Error" if isinstance(error, UserError) else "Check failed"
         print(f"{kind}: {error}", flush=True)
 
+# %% ../nbs/72_retrain.ipynb #4a930747
 def run_forever(
     turn:Callable[[], None], # one turn of the loop
     interval_s:float, # pause between two turns, s
