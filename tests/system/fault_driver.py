@@ -71,7 +71,9 @@ def main(folder: str = "", victim: str = "", point: str = "none:0", dataset: str
          workers: int = 1, epochs: int = 3, samples: int = 160, classifier: str = "",
          output: str = "") -> None:
     """Trains, or predicts with `classifier`, and writes the results into the trial's folder."""
-    driver, start, predict_block = os.getpid(), train.worker_entrypoint, predict._BatchPredictor.__call__
+    driver = os.getpid()
+    start = train.worker_entrypoint
+    predict_block = predict._BatchPredictor.__call__
 
     def start_with_fault(loop: dict) -> None:
         inject_fault(folder, victim, point, driver)
