@@ -55,6 +55,7 @@ def _build_options(model: type[Options], values: dict[str, Any]) -> Options:
         name, _, reason = format_validation_error(error).partition(": ")
         raise UserError(f"--{name.replace('_', '-')}: {reason}") from None
 
+# %% ../nbs/90_cli.ipynb #f85720df
 def options_from_fields(
     command:Callable, # with parameters that are `Options`
 ) -> Callable:
@@ -87,6 +88,7 @@ app = typer.Typer(name="madewithml", no_args_is_help=True, pretty_exceptions_ena
 def _option(help: str, *names: str, **kwargs):
     return typer.Option(*names, help=help, **kwargs)
 
+# %% ../nbs/90_cli.ipynb #e5bf3794
 # Options that several commands share.
 _Table = Annotated[str,
     _option("labeled table: path or URI of CSV, Parquet or JSON lines", "--dataset-loc")]
@@ -118,6 +120,7 @@ def _with_embedded_tables(run: RunOptions) -> RunOptions:
         "holdout_loc": run.holdout_loc or str(tables / "holdout.csv"),
         "predict_loc": run.predict_loc or str(tables / "unlabeled.csv")})
 
+# %% ../nbs/90_cli.ipynb #95908538
 def _show_report(report: Path) -> None:
     "Prints the report, and the paths of the run's files."
     typer.echo("\n" + report.read_text(encoding="utf-8"))
@@ -131,6 +134,7 @@ def _show_report(report: Path) -> None:
     interface = uri if uri.startswith("http") else f"{mlflow} ui --backend-store-uri {uri}"
     typer.echo(f"  {'MLflow':16} {interface}")
 
+# %% ../nbs/90_cli.ipynb #54941641
 @app.command()
 @options_from_fields
 def run(
@@ -240,6 +244,7 @@ def _parse_slices(text: str) -> dict[str, str]:
         raise UserError("--slices must be a JSON object: name to pandas query.")
     return slices
 
+# %% ../nbs/90_cli.ipynb #794225d0
 @app.command()
 def evaluate(
     run_id: _RunId,
@@ -565,12 +570,14 @@ def up(
     typer.echo(f"1 head and {workers} worker node(s) are running. Dashboard: {state['dashboard']}\n"
                f"Use it with `madewithml submit …`, or: export RAY_ADDRESS={state['address']}")
 
+# %% ../nbs/90_cli.ipynb #63053ce0
 @cluster.command()
 def status() -> None:
     "Show the nodes."
     from madewithml.local_cluster import cluster_status
     typer.echo(json.dumps(cluster_status(), indent=2))
 
+# %% ../nbs/90_cli.ipynb #bf7b1e31
 @cluster.command()
 def down() -> None:
     "Stop the nodes."
@@ -598,5 +605,6 @@ def main(
         typer.echo("Interrupted.", err=True)
         sys.exit(130)
 
+# %% ../nbs/90_cli.ipynb #085b7649
 if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.cli
     main()

@@ -119,6 +119,7 @@ def format_validation_error(
     reason = first["msg"].removeprefix("Value error, ")
     return f"{field}: {reason}, got {first.get('input')!r}."
 
+# %% ../nbs/00_config.ipynb #93cb665f
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
     "The settings of this process. Raises: UserError for an invalid value."
@@ -289,6 +290,7 @@ class TuneOptions(Options):
         description="name of the search, under which a killed one resumes (default: made from "
                     "the options)")
 
+# %% ../nbs/00_config.ipynb #abff03d4
 def parse_tune_options(
     text:str="{}", # JSON object with fields of `TuneOptions`, or '@' and the name of a file
     **overrides, # fields that win over the text; None: not given
@@ -408,6 +410,7 @@ class ServeConfig(PredictionLogOptions, ServiceLimits, ServedModel):
                 absolute[name] = str(Path(path).absolute())
         return self.model_copy(update=absolute)
 
+# %% ../nbs/00_config.ipynb #14175659
 def parse_serve_config(
     text:str, # JSON object with fields of `ServeConfig`, or '@' and the name of a file
     **overrides, # fields that win over the text; None: not given
@@ -456,6 +459,7 @@ class PromotionPolicy(Options):
     max_size_ratio: float = Field(2.0, gt=0,
         description="maximum size of the checkpoint relative to the champion's")
 
+# %% ../nbs/00_config.ipynb #8526cae3
 def load_promotion_policy(
     path:str|Path|None=None, # YAML file; None: the defaults
     option:str="--policy", # command-line option that errors name
@@ -526,6 +530,7 @@ def bundled_dir(
         return root / {"datasets": "datasets", "workloads": "nbs/workloads"}[name]
     return package_dir() / name
 
+# %% ../nbs/00_config.ipynb #4034dfbc
 def workload_path(
     name:str, # of the workload
 ) -> Path:

@@ -40,11 +40,13 @@ class Workload:
         "Path of the notebook."
         return workload_path(self.name)
 
+# %% ../nbs/71_pipeline.ipynb #03af1775
 def package_hash() -> str:
     "Hash of the package's code."
     modules = sorted(package_dir().glob("*.py"))
     return content_hash([(path.name, content_hash(path)) for path in modules])
 
+# %% ../nbs/71_pipeline.ipynb #13f01acd
 def fingerprint(
     workload:Workload, # to run
 ) -> str:
@@ -84,6 +86,13 @@ def build_workloads(
                                       "model_name": model_name}, both),
     ]
 
+# %% ../nbs/71_pipeline.ipynb #fd1ff765
+def _from_kernel_error(error: PapermillExecutionError, executed: Path) -> Exception:
+    "The kernel's error as an exception of this process."
+    if error.ename == "UserError": return UserError(error.evalue)
+    if error.ename == "CheckFailed": return CheckFailed(f"{error.evalue} See {executed}.")
+    return RuntimeError(f"{error.ename}: {error.evalue} (the whole traceback is in {executed})")
+
 # %% ../nbs/71_pipeline.ipynb #a1ff1036
 def _execute(workload: Workload, folder: Path, parameters: dict[str, Any]) -> None:
     "Executes the notebook; a failed copy is kept beside. Raises: UserError, CheckFailed."
@@ -99,12 +108,7 @@ def _execute(workload: Workload, folder: Path, parameters: dict[str, Any]) -> No
             raise _from_kernel_error(error, failed) from None
     failed.unlink(missing_ok=True)
 
-def _from_kernel_error(error: PapermillExecutionError, executed: Path) -> Exception:
-    "The kernel's error as an exception of this process."
-    if error.ename == "UserError": return UserError(error.evalue)
-    if error.ename == "CheckFailed": return CheckFailed(f"{error.evalue} See {executed}.")
-    return RuntimeError(f"{error.ename}: {error.evalue} (the whole traceback is in {executed})")
-
+# %% ../nbs/71_pipeline.ipynb #95206502
 def run_workload(
     workload:Workload, # to run
     folder:Path, # results directory of the run
@@ -138,6 +142,7 @@ class _OutputForwarder(logging.Handler):
         for line in text.splitlines():
             print(f"  {line}", flush=True)
 
+# %% ../nbs/71_pipeline.ipynb #f3cba4b4
 def _forward_output() -> None:
     "Sets up papermill's logger, once."
     logger = logging.getLogger("papermill")
@@ -160,6 +165,7 @@ def _shared_results(folder: Path) -> Iterator[None]:
         if shared:
             copy_tree(folder, shared)
 
+# %% ../nbs/71_pipeline.ipynb #902f6d34
 @contextmanager
 def _workload_session(folder: Path, address: str|None, dashboard: bool = False) -> Iterator[None]:
     "Shared results, forwarded output, and a Ray session that the notebooks' kernels join."
@@ -192,6 +198,7 @@ def _run_with_progress(workload: Workload, folder: Path, force: bool) -> None:
     print(f"  {took if ran else 'unchanged, results are up to date'}", flush=True)
     get_logger().debug(f"workload {workload.name}: {'ran' if ran else 'up to date'}")
 
+# %% ../nbs/71_pipeline.ipynb #46691018
 def run_pipeline(
     dataset_loc:str|Path, # labeled training table
     train:TrainOptions=TrainOptions(), # of the training
@@ -224,6 +231,7 @@ def _default_parameters(workload: str) -> dict[str, Any]:
     return {statement.targets[0].id: ast.literal_eval(statement.value)
             for statement in ast.parse(cell.source).body if isinstance(statement, ast.Assign)}
 
+# %% ../nbs/71_pipeline.ipynb #1d580e3f
 def _read_options(args: list[str], known: dict[str, Any], workload: str) -> dict[str, str]:
     "Name and value of each option. Raises: UserError for an unknown one, or one without a value."
     options = [f"--{name.replace('_', '-')}" for name in known if name != "results_fp"]
@@ -237,6 +245,7 @@ def _read_options(args: list[str], known: dict[str, Any], workload: str) -> dict
         values[name] = value
     return values
 
+# %% ../nbs/71_pipeline.ipynb #0a179c72
 def _convert(option: str, value: str, kind: type) -> Any:
     "The value as the type of the parameter's default. Raises: UserError."
     try:

@@ -32,22 +32,27 @@ def _ascending(ends: tuple) -> tuple:
     if not low < high: raise ValueError(f"{low} is not below {high}")
     return ends
 
+# %% ../nbs/25_search_space.ipynb #ad98a3d0
 class Choice(Options):
     "One of the values of a list."
     choice: list = Field(min_length=1)
 
+# %% ../nbs/25_search_space.ipynb #ef1e32dd
 class Uniform(Options):
     "A float between two ends."
     uniform: Annotated[tuple[float, float], AfterValidator(_ascending)]
 
+# %% ../nbs/25_search_space.ipynb #04ed5250
 class LogUniform(Options):
     "A float between two ends, whose logarithm is uniform."
     loguniform: Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
 
+# %% ../nbs/25_search_space.ipynb #1588e62d
 class RandInt(Options):
     "An integer from the lower end to below the upper end."
     randint: Annotated[tuple[int, int], AfterValidator(_ascending)]
 
+# %% ../nbs/25_search_space.ipynb #bb6f0339
 class LogRandInt(Options):
     "An integer from the lower end to below the upper end, whose logarithm is uniform."
     lograndint: Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_ascending)]
@@ -57,6 +62,7 @@ def _train_value(name: str, value: Any) -> Any:
     "The value as `TrainConfig` reads it. Raises: ValidationError."
     return getattr(TrainConfig(**{name: value}), name)
 
+# %% ../nbs/25_search_space.ipynb #48d17bdf
 def _check_values(name: str, distribution: Options) -> list:
     "The distribution's arguments, valid for the hyperparameter. Raises: ValueError."
     if isinstance(distribution, Choice):
@@ -119,6 +125,7 @@ def _read_points(text: str) -> list[dict[str, Any]]:
         raise UserError("--initial-params must be a JSON list of objects.")
     return [point.get("train_loop_config", point) for point in points]
 
+# %% ../nbs/25_search_space.ipynb #4d60c3e8
 def _complete_point(point: dict, space: dict, config: TrainConfig) -> dict[str, Any]:
     "The point with a value for every searched hyperparameter. Raises: UserError."
     for name in point:
@@ -132,6 +139,7 @@ def _complete_point(point: dict, space: dict, config: TrainConfig) -> dict[str, 
         raise UserError(f"--initial-params: {reason['loc'][0]!r}: {reason['msg']}.") from None
     return {name: getattr(complete, name) for name in space}
 
+# %% ../nbs/25_search_space.ipynb #020d37ff
 def _is_possible(value: Any, distribution: dict[str, list]) -> bool:
     "Whether the search can start at this value of the distribution."
     if "choice" in distribution: return value in distribution["choice"]

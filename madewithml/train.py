@@ -82,6 +82,7 @@ def logged_epochs(
     "The epochs whose metrics the run has."
     return {metric.step for metric in client.get_metric_history(run_id, "val_loss")}
 
+# %% ../nbs/24_train.ipynb #0c361da8
 def log_new_epochs(
     client:MlflowClient, # of the tracking server
     run_id:str, # MLflow run
@@ -191,6 +192,7 @@ def _is_resumable(checkpoints: str) -> bool:
         except ValueError:
             return False
 
+# %% ../nbs/24_train.ipynb #1d314ebc
 def resume_or_create_run(
     job:TrainJob, # what is trained
 ) -> str:
@@ -216,11 +218,13 @@ def _nodes() -> list[tuple[int, int]]:
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [(int(found.get("CPU", 0)), int(found.get("GPU", 0))) for found in resources]
 
+# %% ../nbs/24_train.ipynb #7f160467
 def _worker_capacity(nodes: list[tuple[int, int]], cpus: int, gpus: int) -> int:
     "Number of workers with these resources that fit on the nodes; a worker is on one node."
     return sum(min(node_cpus // cpus, node_gpus // gpus if gpus else node_cpus)
                for node_cpus, node_gpus in nodes)
 
+# %% ../nbs/24_train.ipynb #0ab06381
 def _wait_for_nodes(options: TrainOptions) -> int:
     "Number of workers that fit, once they are enough or the time to wait is over."
     cpus, gpus, wanted = options.cpu_per_worker or 1, options.gpu_per_worker, options.num_workers
@@ -249,6 +253,7 @@ def _cpu_share(options: TrainOptions, copies: int) -> int:
         if capacity >= copies * options.num_workers: return cpus
     return 1
 
+# %% ../nbs/24_train.ipynb #d1a44a62
 def allocate_workers(
     job:TrainJob, # what to train
     copies:int=1, # such jobs at the same time
@@ -306,6 +311,7 @@ def _as_user_error(error: TrainingFailedError) -> Exception:
         "Free space or fix the permissions; the same command resumes from the last intact "
         "checkpoint.")
 
+# %% ../nbs/24_train.ipynb #86a593c2
 @contextlib.contextmanager
 def _sigint_handler_restored() -> Iterator[None]:
     "Undoes Ray Train's change of the Ctrl-C handler, which it does not undo itself."
@@ -328,6 +334,7 @@ def _log_best_classifier(result: Result, run_id: str) -> None:
         with calibrated_copy(folder) as classifier:
             mlflow_client().log_artifacts(run_id, str(classifier), CHECKPOINT)
 
+# %% ../nbs/24_train.ipynb #dbb1c926
 def _run_training(
     job: TrainJob, run_id: str, train: RaggedTokens, val: RaggedTokens, label2id: dict[str, int],
 ) -> list[EpochMetrics]:

@@ -47,6 +47,7 @@ def save_checkpoint(
     (folder / HISTORY).write_text(json.dumps(metrics))
     write_checksums(folder)
 
+# %% ../nbs/22_train_worker.ipynb #d72dca81
 def read_history(
     folder:str|Path, # a checkpoint
 ) -> list[EpochMetrics]:
@@ -118,6 +119,7 @@ def _reported_checkpoints() -> list[tuple[Checkpoint, dict[str, Any]]]:
     pairs = [(report.checkpoint, report.metrics) for report in reported]
     return sorted(pairs, key=lambda pair: pair[0].path, reverse=True)
 
+# %% ../nbs/22_train_worker.ipynb #46ed0f48
 def _start_or_resume(
     options: TrainOptions, label2id: dict[str, int], train: RaggedTokens, pad_id: int,
     folder: Path|None,

@@ -56,6 +56,7 @@ def _optuna_distribution(distribution: dict[str, list], tried: list) -> BaseDist
     if "int" in kind: return IntDistribution(int(low), int(high), log=is_log)
     return FloatDistribution(low, high, log=is_log)
 
+# %% ../nbs/26_tune.ipynb #95f144a1
 def param_importances(
     trials:list[Trial], # with at least one epoch
     space:dict[str, dict[str, list]], # search space
@@ -99,6 +100,7 @@ def trial_config(
     "All hyperparameters of a trial."
     return TrainConfig(**job.options.config.model_dump() | params)
 
+# %% ../nbs/26_tune.ipynb #9b02b41a
 def run_trial(
     params:dict[str, Any], # hyperparameters of this trial
     job:TrainJob, # with the hyperparameters that are not searched
@@ -128,6 +130,7 @@ def get_or_create_child_run(
     if matches: return matches[0].info.run_id
     return create_run(experiment_id, trial_id, tags, params)
 
+# %% ../nbs/26_tune.ipynb #ecf271aa
 def get_trial_status(
     history:list[EpochMetrics], # epochs of a trial that did not fail
     config:TrainConfig, # its hyperparameters
@@ -136,6 +139,7 @@ def get_trial_status(
     is_last = history[-1].epoch >= config.num_epochs
     return "finished" if is_last or should_stop(history, config.patience) else "stopped early"
 
+# %% ../nbs/26_tune.ipynb #0e9161db
 def finalize_child_run(
     run_id:str, # MLflow run of the trial
     history:list[EpochMetrics], # its epochs
@@ -167,6 +171,14 @@ class Search:
     def state_uri(self) -> str:
         "Directory of Ray Tune's state."
         return persistent_uri("tune", self.name)
+
+# %% ../nbs/26_tune.ipynb #cb66c767
+def _trial_line(history: list[EpochMetrics], status: str, params: dict[str, Any]) -> str:
+    "Loss, F1, how it ended and hyperparameters of a trial."
+    best = select_epoch(history)
+    end = status if status == "finished" else f"stopped after epoch {history[-1].epoch}"
+    values = "  ".join(f"{name} {format_value(value)}" for name, value in params.items())
+    return f"validation loss {best.val_loss:.3f}  F1 {best.val_f1:.3f}  {end}  {values}"
 
 # %% ../nbs/26_tune.ipynb #15c6f437
 class _Recorder(tune.Callback):
@@ -219,13 +231,6 @@ class _Recorder(tune.Callback):
         if worse:
             remove_tree(f"{self.search.trials_uri}/{worse}")
 
-def _trial_line(history: list[EpochMetrics], status: str, params: dict[str, Any]) -> str:
-    "Loss, F1, how it ended and hyperparameters of a trial."
-    best = select_epoch(history)
-    end = status if status == "finished" else f"stopped after epoch {history[-1].epoch}"
-    values = "  ".join(f"{name} {format_value(value)}" for name, value in params.items())
-    return f"validation loss {best.val_loss:.3f}  F1 {best.val_f1:.3f}  {end}  {values}"
-
 # %% ../nbs/26_tune.ipynb #e63bebc7
 def resume_or_create_search(
     search:Search, # what is searched
@@ -261,6 +266,7 @@ def _tune_space(space: dict[str, dict[str, list]]) -> dict[str, Any]:
             distributions[name] = getattr(tune, kind)(*arguments)
     return distributions
 
+# %% ../nbs/26_tune.ipynb #d818c2d1
 def _tune_config(search: Search) -> tune.TuneConfig:
     "TPE chooses the trials, ASHA stops them."
     num_random = min(10, len(search.points) + search.num_runs // 3)
@@ -303,6 +309,7 @@ def _reported_results(grid: tune.ResultGrid) -> list[tune.Result]:
             reported.append(result)
     return sorted(reported, key=lambda result: result.metrics_dataframe["timestamp"].min())
 
+# %% ../nbs/26_tune.ipynb #be0fbf38
 def _finalize_trial(result: tune.Result, search: Search, parent_id: str) -> tuple[str, Trial]:
     "Path of the trial's best checkpoint, and the trial; its MLflow run is ended."
     frame = result.metrics_dataframe.dropna(subset=["epoch"])
@@ -333,6 +340,7 @@ def _log_best_classifier(checkpoint_path: str, parent_id: str) -> None:
         with calibrated_copy(folder) as classifier:
             mlflow_client().log_artifacts(parent_id, str(classifier), CHECKPOINT)
 
+# %% ../nbs/26_tune.ipynb #284ca6b9
 def _log_results(results: TuneResults, best: Trial) -> None:
     "Logs results, best hyperparameters and plot to the parent run, and ends it."
     client, run_id = mlflow_client(), results.run_id
@@ -353,6 +361,7 @@ def _baseline_val_loss(trials: list[Trial], points: list[dict[str, Any]]) -> flo
         if points and trial.params == points[0]: return trial.val_loss
     return None
 
+# %% ../nbs/26_tune.ipynb #3435c9cc
 def _finalize_search(search: Search, parent_id: str, grid: tune.ResultGrid) -> TuneResults:
     "Ends all runs of the search and returns the results. Raises: UserError if all trials failed."
     pairs = [_finalize_trial(result, search, parent_id) for result in _reported_results(grid)]

@@ -14,7 +14,7 @@ import typer
 
 import madewithml.predict as predict
 import madewithml.train as train
-from madewithml.config import TrainConfig
+from madewithml.config import TrainOptions
 
 
 def kill_once(folder: str, victim: str, driver: int) -> None:
@@ -34,9 +34,10 @@ def inject_fault(folder: str, victim: str, point: str, driver: int) -> None:
     import madewithml.train_worker as worker
 
     kind, _, number = point.partition(":")
-    step, seal, copy = worker.Events.step, worker.seal, ray_storage._pyarrow_fs_copy_files
+    step, seal = worker.ProgressReporter.step, worker.write_checksums
+    copy = ray_storage._pyarrow_fs_copy_files
 
-    def is_due(at: str, checkpoint: str) -> bool:
+    def is_due(at: str, checkpoint: str | Path) -> bool:
         return kind == at and worker.read_history(checkpoint)[-1].epoch == int(number)
 
     def noted_step(self, epoch: int, now: int, steps: int) -> None:
@@ -47,7 +48,7 @@ def inject_fault(folder: str, victim: str, point: str, driver: int) -> None:
         if kind == "step" and (epoch - 1) * steps + now == int(number):
             kill_once(folder, victim, driver)
 
-    def unfinished_seal(path: str) -> None:
+    def unfinished_seal(path: str | Path) -> None:
         if is_due("save", path):
             kill_once(folder, victim, driver)
         seal(path)
@@ -62,7 +63,7 @@ def inject_fault(folder: str, victim: str, point: str, driver: int) -> None:
             kill_once(folder, victim, driver)
         copy(source, destination, **filesystems)
 
-    worker.Events.step, worker.seal = noted_step, unfinished_seal
+    worker.ProgressReporter.step, worker.write_checksums = noted_step, unfinished_seal
     ray_storage._pyarrow_fs_copy_files = unfinished_copy
 
 
@@ -70,7 +71,9 @@ def main(folder: str = "", victim: str = "", point: str = "none:0", dataset: str
          workers: int = 1, epochs: int = 3, samples: int = 160, classifier: str = "",
          output: str = "") -> None:
     """Trains, or predicts with `classifier`, and writes the results into the trial's folder."""
-    driver, start, predict_block = os.getpid(), train.start_worker, predict._Actor.__call__
+    driver = os.getpid()
+    start = train.worker_entrypoint
+    predict_block = predict._BatchPredictor.__call__
 
     def start_with_fault(loop: dict) -> None:
         inject_fault(folder, victim, point, driver)
@@ -85,13 +88,14 @@ def main(folder: str = "", victim: str = "", point: str = "none:0", dataset: str
     if classifier:
         # In __main__, so that it is pickled by value.
         faulty = {"__call__": predict_with_fault, "__module__": "__main__"}
-        predict._Actor = type("_Actor", (predict._Actor,), faulty)
-        results = predict.predict_with(classifier, "faults", dataset, output)
+        actor = type("_BatchPredictor", (predict._BatchPredictor,), faulty)
+        predict._BatchPredictor = actor
+        results = predict.predict_table_from_dir(classifier, "faults", dataset, output)
     else:
-        train.start_worker = start_with_fault
-        config = TrainConfig(num_epochs=epochs)
-        results = train.train_model(dataset, "faults", config, num_workers=workers,
-                                    cpu_per_worker=1, num_samples=samples)
+        train.worker_entrypoint = start_with_fault
+        options = TrainOptions(experiment_name="faults", num_epochs=epochs, num_workers=workers,
+                               cpu_per_worker=1, num_samples=samples)
+        results = train.train_model(dataset, options)
     Path(f"{folder}/results.json").write_text(results.model_dump_json())
 
 

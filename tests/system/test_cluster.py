@@ -94,7 +94,7 @@ def test_waits_for_nodes_that_are_made_when_they_are_needed(tmp_path: Path) -> N
                 time.sleep(0.5)
             command = ["train", "--dataset-loc", DATASET, *SMALL]
             done = run_cli(*command, cwd=tmp_path, RAY_ADDRESS="127.0.0.1:6379", **token)
-            assert done.returncode == 2 and "room for 0" in done.stderr and "MADEWITHML_NODE_WAIT_TIMEOUT_S" in done.stderr, done.stderr
+            assert done.returncode == 2 and "fits only 0" in done.stderr and "MADEWITHML_NODE_WAIT_TIMEOUT_S" in done.stderr, done.stderr
             done = run_cli(*command, cwd=tmp_path, RAY_ADDRESS="127.0.0.1:6379", MADEWITHML_NODE_WAIT_TIMEOUT_S="120", **token)
             assert done.returncode == 0 and "Waiting up to 120 s for nodes" in done.stderr, done.stderr
         finally:
