@@ -10,7 +10,7 @@ import json, os, re, selectors, shlex, socket, subprocess, sys, tempfile, thread
 from pathlib import Path
 
 from .config import ServeConfig, UserError, package_dir
-from .middleware import PUBLIC_PATHS
+from .middleware import OVERLOADED, PUBLIC_PATHS
 from .utils import get_logger
 
 # %% ../nbs/53_haproxy.ipynb #64a9f8d8
@@ -23,7 +23,7 @@ def _bind_line(section: str, number: int, folder: Path, has_port: bool) -> str:
 
 def _overload_lines(backend: str, max_queued: int) -> list[str]:
     "Rules that answer 503 while each replica of the backend has `max_queued` requests."
-    body = '{\\"detail\\": \\"Too many requests are in flight.\\"}'
+    body = f'{{\\"detail\\": \\"{OVERLOADED}\\"}}'
     is_overloaded = f"{{ be_conn({backend}),div(txn.servers) gt {max_queued} }}"
     is_public = f"{{ path {' '.join(PUBLIC_PATHS)} }}"
     return [
