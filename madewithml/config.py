@@ -111,13 +111,15 @@ class Settings(BaseSettings):
 
 # %% ../nbs/00_config.ipynb #e4dc62f6
 def format_validation_error(
-    error:ValidationError, # of any pydantic model
+    error:ValidationError|dict, # of any pydantic model, or an entry of its `errors()`
+    show_value:bool=True, # whether the line ends in the rejected value
 ) -> str:
     "The first failed field of a pydantic error in one line: field, reason, value."
-    first = error.errors()[0]
-    field = ".".join(map(str, first["loc"])) or "value"
+    first = error if isinstance(error, dict) else error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
     reason = first["msg"].removeprefix("Value error, ")
-    return f"{field}: {reason}, got {first.get('input')!r}."
+    if not show_value: return f"{field}: {reason}." if field else f"{reason}."
+    return f"{field or 'value'}: {reason}, got {first.get('input')!r}."
 
 # %% ../nbs/00_config.ipynb #93cb665f
 @lru_cache(maxsize=1)

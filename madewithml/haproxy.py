@@ -10,7 +10,7 @@ import json, os, re, selectors, shlex, socket, subprocess, sys, tempfile, thread
 from pathlib import Path
 
 from .config import ServeConfig, UserError, package_dir
-from .middleware import PUBLIC_PATHS
+from .middleware import OVERLOADED, PUBLIC_PATHS
 from .utils import get_logger
 
 # %% ../nbs/53_haproxy.ipynb #64a9f8d8
@@ -23,7 +23,7 @@ def _bind_line(section: str, number: int, folder: Path, has_port: bool) -> str:
 
 def _overload_lines(backend: str, max_queued: int) -> list[str]:
     "Rules that answer 503 while each replica of the backend has `max_queued` requests."
-    body = '{\\"detail\\": \\"Too many requests are in flight.\\"}'
+    body = f'{{\\"detail\\": \\"{OVERLOADED}\\"}}'
     is_overloaded = f"{{ be_conn({backend}),div(txn.servers) gt {max_queued} }}"
     is_public = f"{{ path {' '.join(PUBLIC_PATHS)} }}"
     return [
@@ -86,86 +86,18 @@ def _start_reaper(folder: Path) -> subprocess.Popen:
     return subprocess.Popen(["/bin/sh", str(script), str(folder)], stdin=subprocess.PIPE,
                             start_new_session=True)
 
-# %% ../nbs/53_haproxy.ipynb #c7f98e98
-class HAProxySupervisor:
-    "Owns the port, passes it to HAProxy, and restarts HAProxy when it ends."
+# %% ../nbs/53_haproxy.ipynb #0ae9709a
+class _HAProxies:
+    "The running HAProxy processes, and the configuration of the last one that got the port."
 
-    def __init__(self,
-        config:ServeConfig, # limits
-        host:str, # address to listen on
-        port:int, # port to listen on; 0: a free one
-    ):
-        "Raises: UserError if the port cannot be used."
+    def __init__(self, config: ServeConfig, folder: Path, launcher: Path):
         self.config = config
-        self.port = _listening_socket(host, port)  # listens once a replica is known
-        # Short: Ray appends 67 characters, and a socket's path has at most 97.
-        self.folder = Path(tempfile.mkdtemp(prefix="mw-", dir="/tmp"))  # noqa: S108
-        (self.folder / "pids").touch()
-        self._reaper = _start_reaper(self.folder)
-        self.launcher = _write_launcher(self.folder)
-        self.handles = {}  # process id of each HAProxy to its pidfd
-        self.serving = None  # process id of the HAProxy that has the port
+        self.folder = folder
+        self.launcher = launcher
+        self.handles = {}  # process id to pidfd
+        self.serving = None  # process id of the one that has the port
         self._last_config = ""
         self._standbys = []
-        self._closed = False
-        self._control = socket.socket(socket.AF_UNIX)
-        self._control.bind(str(self.folder / "control.sock"))
-        self._control.listen()
-        self._wake, self._woken = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="haproxy", daemon=True)
-        self._thread.start()
-
-    def env(self) -> dict[str, str]:
-        "Environment in which Ray Serve uses this HAProxy, with files of its own."
-        return {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(self.launcher),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.folder / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(self.folder / "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(self.folder),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(self.folder / "server-state"),
-            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # the service counts its requests itself
-            # Retried on another replica; a prediction may then be computed twice.
-            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        }
-
-    def _run(self) -> None:
-        "Handles launchers, and HAProxy processes that end."
-        with selectors.DefaultSelector() as self._selector:
-            for each in (self._control, self._woken):
-                self._selector.register(each, selectors.EVENT_READ)
-            while not self._closed:
-                for key, _ in self._selector.select():
-                    if key.fileobj is self._control:
-                        self._accept_launcher()
-                    elif key.data:
-                        self._on_exit(key.fileobj, key.data)
-
-    def _accept_launcher(self) -> None:
-        "Sends a launcher the arguments of HAProxy, and the listening socket if it may serve."
-        launcher, _ = self._control.accept()
-        with launcher:
-            launcher.settimeout(5)
-            try:
-                with launcher.makefile("rb") as request:
-                    pid, arguments = json.load(request)
-                arguments, has_port = self.prepare(arguments)
-                self._register(pid, has_port)
-                descriptors = [self.port.fileno()] if has_port else []
-                socket.send_fds(launcher, [json.dumps(arguments).encode()], descriptors)
-            except (OSError, ValueError) as error:
-                get_logger().warning(f"HAProxy was not started: {error}")
-
-    def _register(self, pid: int, has_port: bool) -> None:
-        "Watches an HAProxy process; with the port it is the one that serves."
-        handle = os.pidfd_open(pid)
-        self.handles[pid] = handle
-        with (self.folder / "pids").open("a") as file:
-            file.write(f"{pid}\n")
-        self._selector.register(handle, selectors.EVENT_READ, pid)
-        if has_port:
-            self.serving = pid
-            self.port.listen(4096)
 
     def prepare(self,
         arguments:list[str], # with which Ray starts HAProxy
@@ -184,17 +116,21 @@ class HAProxySupervisor:
             arguments = [*arguments, "-sf", *map(str, self.handles)]
         return arguments, True
 
-    def _on_exit(self, handle: int, pid: int) -> None:
-        "Forgets an HAProxy that ended; if it was the one that served, starts another."
-        self._selector.unregister(handle)
+    def add(self, pid: int) -> int:
+        "Registers a process, also for the reaper; returns its pidfd."
+        handle = os.pidfd_open(pid)
+        self.handles[pid] = handle
+        with (self.folder / "pids").open("a") as file:
+            file.write(f"{pid}\n")
+        return handle
+
+    def remove(self, pid: int, handle: int) -> None:
+        "Forgets a process that ended."
         os.close(handle)
         self.handles.pop(pid, None)
         self._standbys = [process for process in self._standbys if process.poll() is None]
-        if pid == self.serving and not self._closed:
-            get_logger().warning("HAProxy ended; starting another.")
-            self._start_standby()
 
-    def _start_standby(self) -> None:
+    def start_standby(self) -> None:
         "Starts HAProxy with the last configuration."
         path = self.folder / "standby.cfg"
         text = self._last_config.replace("/admin.sock", "/standby.sock")
@@ -203,21 +139,114 @@ class HAProxySupervisor:
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self._standbys.append(process)
 
-    def leave(self) -> None:
-        "Passes the port to no further HAProxy; the present one finishes its requests."
-        self._closed = True
-        self._wake.send(b".")
-        self._thread.join()
-        for each in (self.port, self._control, self._wake, self._woken):
-            each.close()
-
     def close(self) -> None:
-        "Ends every HAProxy and removes the files."
-        if not self._closed:
-            self.leave()
-        self._reaper.stdin.close()
-        self._reaper.wait()
         for process in self._standbys:
             process.wait()
         for handle in self.handles.values():
             os.close(handle)
+
+# %% ../nbs/53_haproxy.ipynb #cc0b3f92
+class _LauncherServer:
+    "A thread that answers launchers, and replaces the serving HAProxy when it ends."
+
+    def __init__(self, port: socket.socket, processes: _HAProxies):
+        self.port = port
+        self.processes = processes
+        self._closed = False
+        self._control = socket.socket(socket.AF_UNIX)
+        self._control.bind(str(processes.folder / "control.sock"))
+        self._control.listen()
+        self._wake, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="haproxy", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as self._selector:
+            for each in (self._control, self._woken):
+                self._selector.register(each, selectors.EVENT_READ)
+            while not self._closed:
+                for key, _ in self._selector.select():
+                    if key.fileobj is self._control:
+                        self._accept_launcher()
+                    elif key.data:
+                        self._on_exit(key.fileobj, key.data)
+
+    def _accept_launcher(self) -> None:
+        "Sends a launcher the arguments of HAProxy, and the listening socket if it may serve."
+        launcher, _ = self._control.accept()
+        with launcher:
+            launcher.settimeout(5)
+            try:
+                with launcher.makefile("rb") as request:
+                    pid, arguments = json.load(request)
+                arguments, has_port = self.processes.prepare(arguments)
+                self._selector.register(self.processes.add(pid), selectors.EVENT_READ, pid)
+                if has_port:
+                    self.processes.serving = pid
+                    self.port.listen(4096)
+                descriptors = [self.port.fileno()] if has_port else []
+                socket.send_fds(launcher, [json.dumps(arguments).encode()], descriptors)
+            except (OSError, ValueError) as error:
+                get_logger().warning(f"HAProxy was not started: {error}")
+
+    def _on_exit(self, handle: int, pid: int) -> None:
+        self._selector.unregister(handle)
+        self.processes.remove(pid, handle)
+        if pid == self.processes.serving and not self._closed:
+            get_logger().warning("HAProxy ended; starting another.")
+            self.processes.start_standby()
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.send(b".")
+        self._thread.join()
+        for each in (self._control, self._wake, self._woken):
+            each.close()
+
+# %% ../nbs/53_haproxy.ipynb #91789b2b
+class HAProxySupervisor:
+    "Owns the port, passes it to HAProxy, and restarts HAProxy when it ends."
+
+    def __init__(self,
+        config:ServeConfig, # limits
+        host:str, # address to listen on
+        port:int, # port to listen on; 0: a free one
+    ):
+        "Raises: UserError if the port cannot be used."
+        self.port = _listening_socket(host, port)  # listens once a replica is known
+        # Short: Ray appends 67 characters, and a socket's path has at most 97.
+        self.folder = Path(tempfile.mkdtemp(prefix="mw-", dir="/tmp"))  # noqa: S108
+        (self.folder / "pids").touch()
+        self._reaper = _start_reaper(self.folder)
+        self.launcher = _write_launcher(self.folder)
+        self.processes = _HAProxies(config, self.folder, self.launcher)
+        self._server = _LauncherServer(self.port, self.processes)
+        self._left = False
+
+    def env(self) -> dict[str, str]:
+        "Environment in which Ray Serve uses this HAProxy, with files of its own."
+        return {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(self.launcher),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(self.folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(self.folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(self.folder / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # the service counts its requests itself
+            # Retried on another replica; a prediction may then be computed twice.
+            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        }
+
+    def leave(self) -> None:
+        "Passes the port to no further HAProxy; the present one finishes its requests."
+        self._left = True
+        self._server.close()
+        self.port.close()
+
+    def close(self) -> None:
+        "Ends every HAProxy and removes the files."
+        if not self._left:
+            self.leave()
+        self._reaper.stdin.close()
+        self._reaper.wait()
+        self.processes.close()

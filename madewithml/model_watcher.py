@@ -73,16 +73,33 @@ class ModelWatcher:
             get_logger().warning(f"{self.alias}: {error}")
 
 # %% ../nbs/54_model_watcher.ipynb #d5857f81
+def _loggable(text: str, config: ServeConfig) -> str:
+    "The beginning of the text if texts may be logged, else its hash."
+    if config.log_text == "keep": return repr(text[:80])
+    return f"text {content_hash(text.encode())}"
+
+def _has_challenger(model_name: str) -> bool|None:
+    "Whether there is a challenger; None if the registry cannot be reached."
+    try:
+        return "challenger" in get_aliases(model_name or None)
+    except (MlflowException, OSError) as error:
+        get_logger().warning(f"challenger: {error}")
+        return None
+
+# %% ../nbs/54_model_watcher.ipynb #7157a522
 class ShadowChallenger:
     "The challenger, answering copies of requests that were answered already."
 
-    def __init__(self, config: ServeConfig, metrics: ServiceMetrics):
+    def __init__(self,
+        config:ServeConfig, # model, runtime, and whether texts may be logged
+        metrics:ServiceMetrics, # where agreements are counted
+    ):
         self.config = config
         self.metrics = metrics
         self.queue = deque(maxlen=256)
         self._has_work = threading.Event()
-        update = {"run_id": "", "threads": 1}
-        self.versions = ModelWatcher(config.model_copy(update=update), "challenger", 19)
+        one_thread = config.model_copy(update={"run_id": "", "threads": 1})
+        self.versions = ModelWatcher(one_thread, "challenger", 19)
         self.refresh()
         if not self.versions.engine:
             get_logger().info("The shadow waits for a challenger.")
@@ -90,14 +107,10 @@ class ShadowChallenger:
 
     def refresh(self) -> None:
         "Follows the challenger; without one, nothing is computed."
-        try:
-            has_challenger = "challenger" in get_aliases(self.config.model_name or None)
-        except (MlflowException, OSError) as error:
-            get_logger().warning(f"challenger: {error}")
-            return
-        if has_challenger:
+        exists = _has_challenger(self.config.model_name)
+        if exists:
             self.versions.try_refresh()
-        else:
+        elif exists is False:
             self.versions.engine = None
 
     def add(self,
@@ -126,15 +139,10 @@ class ShadowChallenger:
         if engine is None: return
         ids = [engine.encode(text) for text, _, _ in requests]
         answers = format_predictions(engine.predict_proba(ids), engine.labels)
-        for (text, prediction, version), answer in zip(requests, answers, strict=True):
-            agrees = answer["prediction"] == prediction
-            self.metrics.shadow.labels("yes" if agrees else "no").inc()
-            if not agrees:
-                get_logger().info(f"shadow: version {engine.version} predicts "
-                                  f"{answer['prediction']}, version {version} predicted "
-                                  f"{prediction}: {self._loggable(text)}")
-
-    def _loggable(self, text: str) -> str:
-        "The beginning of the text if texts may be logged, else its hash."
-        if self.config.log_text == "keep": return repr(text[:80])
-        return f"text {content_hash(text.encode())}"
+        for (text, expected, version), answer in zip(requests, answers, strict=True):
+            predicted = answer["prediction"]
+            self.metrics.shadow.labels("yes" if predicted == expected else "no").inc()
+            if predicted != expected:
+                shown = _loggable(text, self.config)
+                get_logger().info(f"shadow: version {engine.version} predicts {predicted}, "
+                                  f"version {version} predicted {expected}: {shown}")

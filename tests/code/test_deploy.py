@@ -2,6 +2,7 @@
 
 A test takes what it reads from `ROOT`. `test_mistake_is_found` runs it on a copy with a mistake.
 """
+import importlib
 import json
 import re
 import shutil
@@ -220,6 +221,9 @@ def test_serve_config() -> None:
     assert config.model_dump(mode="json", exclude_unset=True) == raw  # it ignores unknown fields
     [application] = config.applications
     assert (application.name, application.import_path) == ("madewithml", "madewithml.serve:build_app")
+    module, builder = application.import_path.split(":")
+    deployment = getattr(importlib.import_module(module), builder)(ServeConfig())._bound_deployment
+    assert [options.name for options in application.deployments] == [deployment.name]
     options, timeout = ServeConfig(**application.args), config.http_options.request_timeout_s
     assert config.http_options.port == 8000
     assert timeout > max(options.request_timeout_s, options.evaluate_timeout_s)

@@ -96,5 +96,5 @@ def test_follows_the_champion_but_not_to_a_corrupt_version(
 
 def test_logs_every_prediction(service: PredictionService, folder: Path) -> None:
     """What the tests above asked for: a list of 59 and three single items."""
-    service.prediction_log.close()
+    service.recorder.prediction_log.close()
     assert parquet.read_table(folder / "log").num_rows == 62
