@@ -1,9 +1,25 @@
-"""Sphinx's configuration. `tools/docs.py` stages the pages and calls Sphinx; nothing here asks another host."""
+"""Sphinx's configuration. `tools/docs.py` lays out the pages and calls Sphinx; nothing here asks another host."""
+import inspect
+import json
+import os
+import re
+import sys
 from configparser import ConfigParser
 from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from fastcore.docments import docments
+from pydantic import BaseModel
+from sphinx.application import Sphinx
+from sphinx.util.nodes import make_refnode
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("MPLBACKEND", "agg")
 
 settings = ConfigParser(delimiters=["="])
-settings.read(Path(__file__).parents[1] / "settings.ini", encoding="utf-8")
+settings.read(ROOT / "settings.ini", encoding="utf-8")
 
 project = settings["DEFAULT"]["title"]
 author = settings["DEFAULT"]["author"]
@@ -11,13 +27,26 @@ copyright = author
 version = release = settings["DEFAULT"]["version"]
 language = "en"
 
-extensions = ["myst_nb", "sphinx_copybutton", "sphinx.ext.githubpages"]  # the last: GitHub serves `_static`, too
+extensions = [
+    "myst_nb", "sphinx_copybutton", "sphinx.ext.autodoc", "sphinx.ext.linkcode",
+    "sphinx.ext.githubpages",  # GitHub serves `_static`, too
+]
 root_doc = "index"
-exclude_patterns = ["**/.ipynb_checkpoints"]
+exclude_patterns = ["**/.ipynb_checkpoints", "nbs/index.ipynb"]
+default_role = "code"
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "all"
+autodoc_preserve_defaults = True
+add_module_names = False
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 
 nb_execution_mode = "off"  # a page shows what was committed
 nb_merge_streams = True
 nb_ipywidgets_js = {}  # else each page asks a CDN for widgets
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 myst_enable_extensions = ["colon_fence", "deflist"]  # no dollarmath: a dollar is a dollar
 myst_heading_anchors = 4
 copybutton_exclude = ".linenos, .gp, .go"
@@ -43,3 +72,105 @@ html_theme_options = {
     "pygments_dark_style": "github-dark",
 }
 html_sidebars = {"**": ["sidebar-nav-bs"], "index": [], "docs/course": [], "docs/design": []}
+
+
+# ---- notebooks -------------------------------------------------------------------------------
+
+def hide_directives(app: Sphinx, page: str, source: list[str]) -> None:
+    """Takes nbdev's directives out of a notebook, and the cells that they hide."""
+    if not page.startswith("nbs/"):
+        return
+    notebook = json.loads(source[0])
+    cells = []
+    for cell in notebook["cells"]:
+        lines = "".join(cell["source"]).splitlines(keepends=True)
+        marks = {line[2:].split()[0] for line in lines if re.match(r"#\|\s*\w", line)}
+        cell["source"] = "".join(line for line in lines if not line.startswith("#|")).lstrip("\n")
+        if not marks & {"hide", "default_exp"}:
+            cells.append(cell)
+    source[0] = json.dumps(notebook | {"cells": cells})
+
+
+def mark_definitions(app: Sphinx, doctree: nodes.document) -> None:
+    """Gives the cell that defines a name first an id, to which the reference links."""
+    seen = set()
+    for cell in doctree.findall(nodes.container):
+        if cell.get("nb_element") == "cell_code":
+            code = next(cell.findall(nodes.literal_block), nodes.Text("")).astext()
+            names = re.findall(r"^(?:async def |def |class |(?=\w+(?:: .*)? = ))(\w+)", code, re.M)
+            cell["ids"] += [f"code-{name}" for name in dict.fromkeys(names) if name not in seen]
+            seen |= set(names)
+
+
+def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
+    """Address of the notebook's cell that defines a name of the reference."""
+    module = sys.modules[info["module"]]
+    notebook = re.search(r"File to edit: \.\./(.*)\.ipynb", inspect.getsource(module))[1]
+    return f"../{notebook}.html#code-{info['fullname'].split('.')[0]}"
+
+
+# ---- reference -------------------------------------------------------------------------------
+
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤"}
+
+
+def describe_field(field: Any, comment: str) -> str:
+    """What a field of pydantic is, with its default and range."""
+    notes = [] if field.is_required() or field.default_factory else [f"default `{field.default!r}`"]
+    for mark in field.metadata:
+        notes += [f"{sign} {getattr(mark, name)}" for name, sign in SIGNS.items() if hasattr(mark, name)]
+    return (field.description or comment) + (f" ({', '.join(notes)})" if notes else "")
+
+
+def describe_parameters(value: Any) -> dict[str, str]:
+    """The comment beside each parameter of a function, or field of a class, in the code."""
+    if inspect.isclass(value) and issubclass(value, BaseModel):
+        comments = {}
+        for base in reversed(value.__mro__):
+            if base.__module__.startswith("madewithml."):
+                comments |= docments(base)
+        return {name: describe_field(field, comments.get(name) or "") for name, field in value.model_fields.items()}
+    comments = {name: comment for name, comment in docments(value).items() if comment}
+    function = value.__init__ if inspect.isclass(value) else value
+    last = list(inspect.signature(function).parameters.values())[-1:]
+    if last and last[0].kind is last[0].VAR_KEYWORD and "return" in comments:
+        comments[last[0].name] = comments["return"]  # fastcore takes its comment for that of the result
+    return {name: comment for name, comment in comments.items() if name != "return"}
+
+
+def write_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Markdown to reStructuredText, and what the code says of each parameter."""
+    if what in ("class", "exception", "function", "method"):
+        lines += [f":param {name}: {' '.join(text.split())}" for name, text in describe_parameters(value).items()]
+    for i, line in enumerate(lines):
+        parts = re.split(r"(`[^`]+`)", line)
+        parts[::2] = [re.sub(r"([\\*|_])", r"\\\1", part) for part in parts[::2]]
+        lines[i] = "".join(parts)
+
+
+def short_signature(app: Sphinx, what: str, name: str, value: Any, *_: Any) -> tuple[str, str] | None:
+    """No signature for a class of pydantic: its fields stand below."""
+    return ("", "") if inspect.isclass(value) and issubclass(value, BaseModel) else None
+
+
+def link_names(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """Links `names` of the package in prose to the reference, where they are unambiguous."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for full, _, kind, home, anchor, _ in app.env.domains["py"].get_objects():
+        if full.count(".") == 2 and kind != "module":
+            found.setdefault(full.split(".")[2], []).append((home, anchor))
+    for literal in list(doctree.findall(nodes.literal)):
+        places = found.get(literal.astext().removesuffix("()"), [])
+        if len(places) == 1 and isinstance(literal.parent, nodes.paragraph | nodes.entry):
+            home, anchor = places[0]
+            literal.replace_self(make_refnode(app.builder, page, home, anchor, literal.deepcopy()))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Connects the functions above."""
+    app.connect("source-read", hide_directives)
+    app.connect("doctree-read", mark_definitions)
+    app.connect("autodoc-process-docstring", write_docstring)
+    app.connect("autodoc-process-signature", short_signature)
+    app.connect("doctree-resolved", link_names)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
