@@ -8,7 +8,7 @@ TORCH_BACKEND ?= auto
 export HF_HUB_OFFLINE ?= 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install run test test-notebooks test-slow test-faults test-load serve docs docs-serve lab export clean-notebooks readme lock dist image check-tag push-image release clean help
+.PHONY: install run lint nb outputs test test-notebooks test-slow test-faults test-load serve docs docs-serve lab export clean-notebooks readme lock dist image check-tag push-image release clean help
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -23,8 +23,20 @@ $(STAMP): requirements.lock settings.ini setup.py pyproject.toml tools/install.p
 run: install ## the main job: validate, train, evaluate, predict, register, report
 	@$(BIN)/madewithml run
 
-test: install ## everything that must hold: notebooks in sync and clean, their tests, pytest
+lint: install ## style, types and spelling of the code, notebooks in sync with the modules and clean
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --baseline tools/types.json
+	@$(BIN)/codespell
 	@$(BIN)/python tools/check.py
+
+nb: install ## the tests of one notebook: make nb NB=24_train
+	@$(BIN)/python tools/check.py --notebook "$(NB)"
+
+outputs: install ## execute the fast notebooks and name outputs that are no longer of the committed kind; OPTIONS=--write stores them
+	@$(BIN)/python tools/outputs.py $(OPTIONS) $(NB:%=nbs/%.ipynb)
+
+test: lint ## everything that must hold: lint, the notebooks' tests, pytest
+	@$(BIN)/python tools/check.py --run
 	@$(BIN)/python -m pytest -m "not slow and not fault and not load"
 
 test-slow: install ## what takes minutes: a killed run, the wheel, a cluster, cells marked slow

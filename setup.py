@@ -25,7 +25,7 @@ setup(
     # The workload notebooks and the embedded tables travel inside the package, from where they already lie.
     packages=[*find_packages(include=["madewithml", "madewithml.*"]), "madewithml.workloads", "madewithml.datasets"],
     package_dir={"madewithml.workloads": "nbs/workloads", "madewithml.datasets": "datasets"},
-    package_data={"madewithml.workloads": ["*.ipynb"], "madewithml.datasets": ["*.csv", "*.md"]},
+    package_data={"madewithml": ["static/*", "scripts/*", "py.typed"], "madewithml.workloads": ["*.ipynb"], "madewithml.datasets": ["*.csv", "*.md"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split(), "s3": ["boto3>=1.35"]},

@@ -1,4 +1,4 @@
-"""What the tests share: one run of the whole pipeline, made by the command line as a user calls it."""
+"""Fixtures and helpers of all tests: commands of the project, and one trained model."""
 import atexit
 import json
 import multiprocessing
@@ -10,39 +10,43 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOREIGN = ROOT.parent / "shared" / "data" / "course_dataset.csv"
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background; what is started here would inherit it and never end by Ctrl-C
+CLI = str(Path(sys.executable).with_name("madewithml"))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background: the processes of the tests would inherit it and ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def environment_of(variables: dict[str, str]) -> dict[str, str]:
+def get_clean_env(**variables: str) -> dict[str, str]:
     """This process's environment for a command of the project, without what points it elsewhere."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MADEWITHML_", "RAY_ADDRESS"))}
-    return environment | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **variables}
+    prefixes = ("MADEWITHML_", "RAY_", "GITHUB_", "MAKE", "MFLAGS")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
+    return env | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **variables}
 
 
-def run_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> subprocess.CompletedProcess:
+def run_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> CompletedProcess:
     """Runs `madewithml ARGS` in `cwd`, with its storage there."""
-    command = [str(Path(sys.executable).with_name("madewithml")), *args]
-    return subprocess.run(command, cwd=cwd, env=environment_of(variables), capture_output=True, text=True, timeout=timeout, check=False)
+    env = get_clean_env(**variables)
+    return subprocess.run([CLI, *args], cwd=cwd, env=env, capture_output=True, text=True,
+                          timeout=timeout, check=False)
 
 
-# Most commands spend seconds on importing Ray, MLflow and PyTorch. A server imports them once; each command is a fork of it.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([f"madewithml.{name}" for name in ("retrain", "monitor", "serve", "tune", "submit", "cluster", "comment", "cli")])
+# Most commands spend seconds on importing Ray, MLflow and PyTorch. A server imports them once.
+FORK_SERVER = multiprocessing.get_context("forkserver")
+MODULES = ("retrain", "monitor", "serve", "tune", "submit", "local_cluster", "pr_comment", "cli")
+FORK_SERVER.set_forkserver_preload([f"madewithml.{name}" for name in MODULES])
 
 
-def _command(args: tuple[str, ...], cwd: Path, environment: dict[str, str], output: Path) -> None:
-    """The command itself, in its own process."""
+def _run_command(args: tuple[str, ...], cwd: Path, env: dict[str, str], output: Path) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), number)
-    os.environ.clear()  # that of the server is as old as the server
-    os.environ.update(environment)
+    os.environ.clear()  # it is as old as the server
+    os.environ.update(env)
     os.chdir(cwd)
     sys.argv = ["madewithml", *args]
     from madewithml.cli import main
@@ -52,39 +56,44 @@ def _command(args: tuple[str, ...], cwd: Path, environment: dict[str, str], outp
         atexit._run_exitfuncs()  # which a fork of multiprocessing leaves out
 
 
-def call_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> subprocess.CompletedProcess:
-    """The same in a second instead of eight, for what is not about starting up."""
-    with tempfile.TemporaryDirectory() as output:
-        process = FORKS.Process(target=_command, args=(args, cwd, environment_of(variables), Path(output)))
+def fork_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> CompletedProcess:
+    """`run_cli` in a second instead of eight, for tests that are not about starting up."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        arguments = (args, cwd, get_clean_env(**variables), output)
+        process = FORK_SERVER.Process(target=_run_command, args=arguments)
         process.start()
         process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        said, complained = (Path(output, name).read_text(encoding="utf-8") if Path(output, name).exists() else "" for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess(args, process.exitcode, said, complained)
+        process.kill()
+        process.join()
+        stdout, stderr = (path.read_text(encoding="utf-8") if path.exists() else ""
+                          for path in (output / "stdout", output / "stderr"))
+        return CompletedProcess(args, process.exitcode, stdout, stderr)
 
 
 def kill_cli(*args: str, cwd: Path, at: str, linger: float = 0, **variables: str) -> None:
-    """Runs `madewithml ARGS` and kills it (-9) `linger` seconds after a line with `at` shows; returns when its children have noticed."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1", **variables}
-    command = [str(Path(sys.executable).with_name("madewithml")), *args]
-    with subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
-        family = []
-        for line in process.stdout:
-            if at in line:
-                time.sleep(linger)
-                family = psutil.Process(process.pid).children(recursive=True)
-                break
-        process.send_signal(signal.SIGKILL)
-    until = time.monotonic() + 90  # two helpers of Ray notice after a minute
-    while (left := [child for child in family if running(child)]) and time.monotonic() < until:
+    """Runs `madewithml ARGS` and kills it `linger` seconds after a line with `at` shows."""
+    env = get_clean_env(PYTHONUNBUFFERED="1", **variables)
+    with subprocess.Popen([CLI, *args], cwd=cwd, env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+        children = []
+        if any(at in line for line in process.stdout):
+            time.sleep(linger)
+            children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    wait_until_ended(children, 90)  # two helpers of Ray notice after a minute
+
+
+def wait_until_ended(processes: list[psutil.Process], timeout: float) -> None:
+    """Waits until none runs; fails after `timeout` seconds."""
+    end = time.monotonic() + timeout
+    while running := [process for process in processes if is_running(process)]:
+        assert time.monotonic() < end, running
         time.sleep(0.2)
-    assert not left, left  # nothing stays behind
 
 
-def running(process: psutil.Process) -> bool:
-    """Whether it still runs: one that ended and that nobody has asked about does not."""
+def is_running(process: psutil.Process) -> bool:
+    """Whether it runs: a zombie does not."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -97,8 +106,8 @@ class Run:
 
     folder: Path
 
-    def cli(self, *args: str) -> subprocess.CompletedProcess:
-        return call_cli(*args, cwd=self.folder)
+    def cli(self, *args: str) -> CompletedProcess:
+        return fork_cli(*args, cwd=self.folder)
 
     @property
     def results(self) -> Path:

@@ -1,7 +1,7 @@
-"""An open-loop client: requests leave when their time has come, whether or not earlier ones were answered."""
+"""An open-loop client: requests leave on schedule, whether or not earlier ones were answered."""
 import asyncio
-import json
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -10,67 +10,62 @@ import aiohttp
 
 @dataclass
 class Outcome:
-    """One request: when it was due (s from the start), how long it took (ms), and what came back; status 0 where nothing did."""
+    """A request: when it was due (s from the start), its latency, its answer (status 0: none)."""
 
     due: float
     ms: float
     status: int
     body: object = None
     headers: dict = field(default_factory=dict)
-    retried: int = 0
 
 
-async def _one(session: aiohttp.ClientSession, url: str, body: bytes, due: float, retries: int, outcomes: list[Outcome]) -> None:
+async def _post(session: aiohttp.ClientSession, url: str, item: dict, due: float,
+                retries: int) -> Outcome:
     for attempt in range(retries + 1):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         try:
-            async with session.post(url, data=body, headers={"content-type": "application/json"}) as answer:
-                text = await answer.read()
-                outcome = Outcome(due, 0, answer.status, text, dict(answer.headers), attempt)
+            async with session.post(url, json=item) as answer:
+                outcome = Outcome(due, 0, answer.status, await answer.read(), dict(answer.headers))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            outcome = Outcome(due, 0, 0, repr(error), {}, attempt)
-        outcome.ms = 1000 * (time.perf_counter() - begin)
-        if outcome.status == 200 or attempt == retries:
+            outcome = Outcome(due, 0, 0, repr(error))
+        outcome.ms = 1000 * (time.perf_counter() - start)
+        if outcome.status == 200:
             break
-        await asyncio.sleep(0.1)
-    outcomes.append(outcome)
+        await asyncio.sleep(0.1 if attempt < retries else 0)
+    return outcome
 
 
-async def _run(url: str, bodies: list[bytes], rate: float, until: Callable[[list[Outcome]], bool], events: dict[int, Callable], retries: int) -> list[Outcome]:
-    outcomes, tasks, begin, count = [], set(), time.perf_counter(), 0
-    timeout = aiohttp.ClientTimeout(total=30)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
-        running = []
-        while not until(outcomes):
-            due = count / rate
-            if (wait := begin + due - time.perf_counter()) > 0:
+async def _post_all(url: str, items: list[dict], rate: float, count: int,
+                    events: dict[int, Callable], retries: int) -> list[Outcome]:
+    tasks, running, start = [], [], time.perf_counter()
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=30)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        for i in range(count):
+            if (wait := start + i / rate - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
-            if count in events:
-                running.append(asyncio.create_task(asyncio.to_thread(events[count])))
-            task = asyncio.create_task(_one(session, url, bodies[count % len(bodies)], due, retries, outcomes))
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
-            count += 1
-        await asyncio.gather(*tasks, *running)
-    return sorted(outcomes, key=lambda outcome: outcome.due)
+            if i in events:
+                running.append(asyncio.create_task(asyncio.to_thread(events[i])))
+            request = _post(session, url, items[i % len(items)], i / rate, retries)
+            tasks.append(asyncio.create_task(request))
+        await asyncio.gather(*running)
+        return await asyncio.gather(*tasks)
 
 
-def open_loop(url: str, items: list[dict], rate: float, count: int, events: dict[int, Callable] | None = None, retries: int = 0) -> list[Outcome]:
-    """`count` requests at `rate` a second, each with the next item; `events` are called beside when their request number is due."""
-    sent = iter(range(count + 1))
-    return asyncio.run(_run(url, [json.dumps(item).encode() for item in items], rate, lambda _: next(sent) >= count, events or {}, retries))
+def open_loop(url: str, items: list[dict], rate: float, count: int,
+              events: dict[int, Callable] | None = None, retries: int = 0) -> list[Outcome]:
+    """Sends `count` requests, `rate` a second; calls `events` beside those of these numbers."""
+    return asyncio.run(_post_all(url, items, rate, count, events or {}, retries))
 
 
 def percentile(outcomes: list[Outcome], share: float) -> float:
     """Latency below which this share of the answers came, ms."""
-    times = sorted(outcome.ms for outcome in outcomes)
-    return times[min(len(times) - 1, int(share * len(times)))]
+    latencies = sorted(outcome.ms for outcome in outcomes)
+    return latencies[min(len(latencies) - 1, int(share * len(latencies)))]
 
 
 def summary(name: str, outcomes: list[Outcome]) -> str:
     """One line: how many, which statuses, how fast."""
-    statuses = {}
-    for outcome in outcomes:
-        statuses[outcome.status] = statuses.get(outcome.status, 0) + 1
     good = [outcome for outcome in outcomes if outcome.status == 200] or outcomes
-    return f"{name}: {len(outcomes)} requests, {statuses}, p50 {percentile(good, 0.5):.0f} ms, p99 {percentile(good, 0.99):.0f} ms"
+    p50, p99 = percentile(good, 0.5), percentile(good, 0.99)
+    statuses = dict(Counter(outcome.status for outcome in outcomes))
+    return f"{name}: {len(outcomes)} requests, {statuses}, p50 {p50:.0f} ms, p99 {p99:.0f} ms"

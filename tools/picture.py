@@ -33,14 +33,14 @@ def draw(markdown: str, opened: list[str]) -> bytes:
         page.set_content(PAGE.replace("BODY", html))
         picture = page.screenshot(full_page=True)
         browser.close()
-    with io.BytesIO() as small:  # 64 colours are enough for text, and a third of the size
+    with io.BytesIO() as small:  # 64 colors are enough for text, and a third of the size
         Image.open(io.BytesIO(picture)).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
         return small.getvalue()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("markdown", type=Path, help="file with the comment, say of `madewithml comment --compare DIR`")
+    parser.add_argument("markdown", type=Path, help="file with the comment, say of `madewithml pr-comment --compare DIR`")
     parser.add_argument("--open", nargs="*", default=["Classes"], help="titles of the parts that are folded out")
     parser.add_argument("--output", type=Path, default=ROOT / "nbs" / "images" / "comment.png")
     options = parser.parse_args()

@@ -1,43 +1,48 @@
-"""The model that this test run trained: good enough, and for the right reasons."""
+"""The model trained by this test session is good enough, and for the right reasons."""
+from pathlib import Path
+
+import mlflow
 import numpy as np
 import pytest
 
-from madewithml.evaluate import read_behavior, test_behavior
+from madewithml.evaluate import read_behavioral_tests, run_behavioral_tests
 from madewithml.predict import Predictor
+
+MIN_PASS_RATE = {"minimum functionality": 0.9, "invariance": 0.9, "directional": 0.7}
 
 
 @pytest.fixture(scope="module")
 def predictor(trained) -> Predictor:
-    from pathlib import Path
-    import mlflow
     uri = f"sqlite:///{trained.folder / 'storage' / 'mlflow' / 'mlflow.db'}"
     mlflow.set_tracking_uri(uri)
-    return Predictor(Path(mlflow.artifacts.download_artifacts(run_id=trained.run_id, artifact_path="checkpoint", tracking_uri=uri)))
+    return Predictor(Path(mlflow.artifacts.download_artifacts(
+        run_id=trained.run_id, artifact_path="checkpoint", tracking_uri=uri)))
 
 
-@pytest.mark.parametrize(("kind", "least"), [("minimum functionality", 0.9), ("invariance", 0.9), ("directional", 0.7)])
-def test_behavior_of(kind: str, least: float, predictor: Predictor) -> None:
-    cases = read_behavior()
-    outcome = test_behavior(cases[cases["kind"] == kind].reset_index(drop=True), predictor.proba, predictor.labels)
-    failed = [case for case in outcome if not case.success]
-    assert len(outcome) >= 8
-    assert len(failed) <= (1 - least) * len(outcome), failed
+@pytest.mark.parametrize(("kind", "min_pass_rate"), MIN_PASS_RATE.items())
+def test_behavior(kind: str, min_pass_rate: float, predictor: Predictor) -> None:
+    tests = read_behavioral_tests()
+    tests = tests[tests["kind"] == kind].reset_index(drop=True)
+    results = run_behavioral_tests(tests, predictor.predict_proba, predictor.labels)
+    failed = [result for result in results if not result.success]
+    assert len(results) >= 8
+    assert len(failed) <= (1 - min_pass_rate) * len(results), failed
 
 
-def test_better_than_counting_words(trained) -> None:
+def test_better_than_bag_of_words(trained) -> None:
     overall = trained.json("evaluate")["overall"]
     assert overall["f1"] > 0.90
     assert overall["f1"] > overall["baseline_f1"] + 0.02
 
 
-def test_confidence_means_something(trained) -> None:
-    overall, bins = trained.json("evaluate")["overall"], trained.json("evaluate")["calibration"]
-    assert overall["expected_calibration_error"] < 0.15
-    sure = [b for b in bins if b["num_samples"] >= 20]
-    assert sure[-1]["accuracy"] > sure[0]["accuracy"]
+def test_confidence_is_calibrated(trained) -> None:
+    results = trained.json("evaluate")
+    assert results["overall"]["expected_calibration_error"] < 0.15
+    large_bins = [bin_ for bin_ in results["calibration"] if bin_["num_samples"] >= 20]
+    assert large_bins[-1]["accuracy"] > large_bins[0]["accuracy"]
 
 
-def test_empty_and_long_texts_get_an_answer(predictor: Predictor) -> None:
-    probabilities = predictor.proba(["", "word " * 5000, "🙂", "\x00\ufffd"])
+def test_empty_and_long_texts(predictor: Predictor) -> None:
+    probabilities = predictor.predict_proba(["", "word " * 5000, "🙂", "\x00\ufffd"])
     assert probabilities.shape == (4, 4)
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from madewithml.results import RESULTS
-from tests.conftest import ROOT, call_cli, run_cli
+from madewithml.schemas import RESULT_SCHEMAS
+from tests.conftest import ROOT, fork_cli, run_cli
 
 HEADER = "id,created_on,title,description,tag\n"
 GOOD = "".join(f"{i},2025-01-01,title {i},description {i},{'a' if i % 2 else 'b'}\n" for i in range(8))
@@ -17,7 +17,7 @@ GOOD = "".join(f"{i},2025-01-01,title {i},description {i},{'a' if i % 2 else 'b'
 @pytest.mark.parametrize(("content", "said"), [
     ("id,title,tag\n1,a,x\n", "column 'description' is missing"),
     (HEADER, "the table has no rows"),
-    (HEADER + GOOD + "9,2025-01-01,lonely,row,c\n", "label 'c' is seen 1 time(s)"),
+    (HEADER + GOOD + "9,2025-01-01,lonely,row,c\n", "label 'c' has 1 row"),
     ((HEADER + GOOD).encode() + b"9,2025-01-01,caf\xe9,row,a\n", "row 10 (the header is row 1) is not UTF-8"),
     (HEADER + GOOD + "9,2025-01-01,short,a\n", "row 10 (the header is row 1) has 4 fields instead of 5"),
     (None, "no such file"),
@@ -42,7 +42,7 @@ def test_bad_table(command: str, content: str | bytes | None, said: str, tmp_pat
     (["--no-such-option"], "No such option"),
 ])
 def test_bad_option(args: list[str], said: str, tmp_path: Path) -> None:
-    done = call_cli("train", "--dataset-loc", str(ROOT / "datasets" / "dataset.csv"), *args, cwd=tmp_path)
+    done = fork_cli("train", "--dataset-loc", str(ROOT / "datasets" / "dataset.csv"), *args, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -54,35 +54,35 @@ def test_bad_option(args: list[str], said: str, tmp_path: Path) -> None:
     (["submit", "no-such-workload"], "There is no workload"),
     (["cluster", "status"], "No cluster was started"),
     (["workload", "train", "--", "--epochs", "2"], "has no option '--epochs'"),
-    (["comment", "--event", "event.json"], "The environment variable 'GITHUB_TOKEN' is missing"),
+    (["pr-comment", "--event", "event.json"], "The environment variable 'GITHUB_TOKEN' is missing"),
 ], ids=["search space", "initial point", "no cluster", "no workload", "no cluster up", "workload option", "no token of GitHub"])
 def test_told_in_one_line(args: list[str], said: str, tmp_path: Path) -> None:
-    done = call_cli(*args, cwd=tmp_path)
+    done = fork_cli(*args, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("Error: ") and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bad_setting(tmp_path: Path) -> None:
-    done = call_cli("report", cwd=tmp_path, MADEWITHML_MAX_LENGTH="many")
+    done = fork_cli("report", cwd=tmp_path, MADEWITHML_MAX_LENGTH="many")
     assert done.returncode == 2 and "max_length" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_run_wrote_everything(trained) -> None:
     """Each workload left its results, of their schema, and its executed notebook."""
     for name in ("validate", "train", "evaluate", "predict", "register"):
-        RESULTS[name].model_validate(trained.json(name))
+        RESULT_SCHEMAS[name].model_validate(trained.json(name))
         notebook = nbformat.read(trained.results / f"{name}.ipynb", as_version=4)
         assert any("parameters" in cell.metadata.get("tags", []) for cell in notebook.cells)
         assert any(cell.get("outputs") for cell in notebook.cells)
     report = (trained.results / "report.md").read_text(encoding="utf-8")
     assert f"{trained.json('evaluate')['overall']['f1']:.3f}" in report
     assert (trained.results / "data_docs").is_dir()
-    assert "Where things lie" in (trained.folder / "stdout.txt").read_text(encoding="utf-8")
+    assert "Files:" in (trained.folder / "stdout.txt").read_text(encoding="utf-8")
 
 
 def test_every_training_row_is_seen(trained) -> None:
     train = trained.json("train")
-    assert [epoch["rows"] for epoch in train["metrics"]] == [train["num_train"]] * 2
+    assert [epoch["num_rows"] for epoch in train["metrics"]] == [train["num_train"]] * 2
     assert train["num_train"] + train["num_val"] == len(pd.read_csv(ROOT / "datasets" / "dataset.csv"))
 
 
@@ -90,7 +90,7 @@ def test_second_run_does_nothing_again(trained) -> None:
     before = (trained.results / "train.json").stat().st_mtime
     done = trained.cli("run", "--num-epochs", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("unchanged, results stand") == 5
+    assert done.stdout.count("unchanged, results are up to date") == 5
     assert (trained.results / "train.json").stat().st_mtime == before
 
 
@@ -134,8 +134,8 @@ def test_serve_takes_its_config(monkeypatch: pytest.MonkeyPatch) -> None:
     from madewithml.cli import app
     seen, command = [], ["serve", "--config"]
     monkeypatch.setattr(serve, "serve_forever", lambda config, *_: seen.append(config.model_dump(mode="json")))
-    config = {"alias": "challenger", "run_id": "abc", "model_name": "other", "precision": "fp32", "runtime": "torch", "shadow": True, "token_file": "token", "data_roots": ["tables"], "log_dir": "log",
-              "log_sample": 0.5, "log_text": "keep"}
+    config = {"alias": "challenger", "run_id": "abc", "model_name": "other", "precision": "fp32", "runtime": "torch", "shadow_challenger": True, "token_file": "token", "allowed_data_dirs": ["tables"], "log_dir": "log",
+              "log_sample_rate": 0.5, "log_text": "keep"}
     options = ["--alias", "previous", "--token-file", "/other/token", "--log-text", "hash"]
     for more in ([], options):
         assert CliRunner().invoke(app, [*command, json.dumps(config), *more]).exit_code == 0

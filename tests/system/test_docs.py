@@ -28,7 +28,7 @@ from madewithml.cli import app
 from madewithml.config import Settings, UserError
 from madewithml.pipeline import parse_parameters
 
-from ..conftest import ROOT, Run, environment_of, running
+from ..conftest import ROOT, Run, get_clean_env, is_running
 
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
 SAMPLES = [*HOW_TO, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "deploy/README.md", "deploy/kuberay/README.md", "docs/notebooks.md"))]
@@ -164,10 +164,10 @@ def missing(shown: str, said: str) -> list[str]:
 
 @contextlib.contextmanager
 def background(command: list[str], cwd: Path, env: dict[str, str]) -> Iterator[None]:
-    """The command for the length of the block, from when it says that Ctrl-C ends it."""
+    """The command for the length of the block, from when it says that Ctrl-C stops it."""
     with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
         said = ""
-        while "Ctrl-C ends it" not in said:
+        while "Ctrl-C stops it" not in said:
             line = process.stdout.readline()
             assert line, said
             said += line
@@ -178,7 +178,7 @@ def background(command: list[str], cwd: Path, env: dict[str, str]) -> Iterator[N
             os.killpg(process.pid, 2)
             process.communicate(timeout=60)
             psutil.wait_procs(family, timeout=30)
-            assert not [child for child in family if running(child)]
+            assert not [child for child in family if is_running(child)]
 
 
 def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
@@ -214,11 +214,11 @@ def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if slow(page) else []) for page in HOW_TO if page.stem != "index"])
 def test_how_to_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A page's samples, run as a reader would after `make run`: its results and its runs are there, the registry is the page's own."""
-    env = environment_of({"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"})
+    env = get_clean_env(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
     if "<!-- storage: own -->" not in page.read_text(encoding="utf-8"):
         trained: Run = request.getfixturevalue("trained")
         shutil.copytree(trained.results, tmp_path / "results" / "main")
-        env |= {"MADEWITHML_STORAGE": str(trained.folder / "storage"), "MADEWITHML_REGISTRY_NAME": f"how-to-{page.stem}"}
+        env |= {"MADEWITHML_STORAGE_DIR": str(trained.folder / "storage"), "MADEWITHML_REGISTRY_NAME": f"how-to-{page.stem}"}
         if "promote" in page.read_text(encoding="utf-8"):  # `make run` ends with a registered version
             subprocess.run(["madewithml", "register", "--run-id", trained.run_id], cwd=tmp_path, env=env, check=True, capture_output=True)
     run_page(page, tmp_path, env)
@@ -318,7 +318,7 @@ def test_every_command_and_target_is_in_the_reference(site: Path) -> None:
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
-PAGES = ["index.html", "nbs/04_train.html", "docs/how-to/serve.html", "reference/config.html", "docs/design.html"]
+PAGES = ["index.html", "nbs/24_train.html", "docs/how-to/serve.html", "reference/config.html", "docs/design.html"]
 
 
 @pytest.fixture(scope="module")
@@ -371,7 +371,7 @@ def test_pages_open_at_desk_and_phone(tab, address: str) -> None:
             wide = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
             assert wide <= 0, (name, theme, wide)
             ink, paper = (tab.evaluate(f"getComputedStyle(document.querySelector('{place}')).{what}") for place, what in (("article p, article li", "color"), ("body", "backgroundColor")))
-            light = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (ink, paper)]
+            light = [sum(map(int, re.findall(r"\d+", color)[:3])) / 765 for color in (ink, paper)]
             assert abs(light[0] - light[1]) > 0.5, (name, theme, ink, paper)
 
 
@@ -388,9 +388,9 @@ def test_search_finds_and_leads_on(tab, address: str, site: Path, where: str) ->
     results = tab.locator("#search-results li a")
     assert results.count() >= 3
     links = [results.nth(i).get_attribute("href") for i in range(results.count())]
-    chosen = next(i for i, link in enumerate(links) if "06_evaluate" in link)
+    chosen = next(i for i, link in enumerate(links) if "30_evaluate" in link)
     results.nth(chosen).click()
-    tab.wait_for_url("**/nbs/06_evaluate.html*")
+    tab.wait_for_url("**/nbs/30_evaluate.html*")
     assert "alibration" in tab.locator("article").inner_text()
 
 

@@ -17,7 +17,7 @@ import mlflow
 import pandas as pd
 import pytest
 
-from madewithml.session import free_ports
+from madewithml.ray_session import find_free_ports
 from tests.conftest import ROOT, run_cli
 
 pytestmark = pytest.mark.fault
@@ -58,7 +58,7 @@ class Cluster:
 
     def up(self) -> None:
         done = run_cli("cluster", "up", "--workers", "2", "--cpus", "2", cwd=self.folder)
-        assert done.returncode == 0 or "runs already" in done.stderr, done.stderr
+        assert done.returncode == 0 or "is running already" in done.stderr, done.stderr
 
     @property
     def address(self) -> str:
@@ -67,7 +67,7 @@ class Cluster:
     def start(self, folder: Path, *args: str, **variables: str) -> subprocess.Popen:
         """The driver of a trial, its storage in the trial's folder."""
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "token",
-                                    "MADEWITHML_STORAGE": str(folder / "storage")} | variables
+                                    "MADEWITHML_STORAGE_DIR": str(folder / "storage")} | variables
         command = [sys.executable, str(Path(__file__).with_name("fault_driver.py")), "--folder", str(folder), "--dataset", DATASET, *args]
         return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -166,15 +166,15 @@ def test_unwritable_storage(cluster: Cluster, tmp_path: Path) -> None:
         pytest.skip("no right to mount a small disk here")
     try:
         # room for the first checkpoint and not for the second: what is left is taken when the first is there
-        done = cluster.drive(tmp_path, "--victim", "driver", "--point", "step:12", MADEWITHML_SHARED=str(disk))
+        done = cluster.drive(tmp_path, "--victim", "driver", "--point", "step:12", MADEWITHML_SHARED_URI=str(disk))
         assert done.returncode == -signal.SIGKILL
         free = shutil.disk_usage(disk).free
         with (disk / "ballast").open("wb") as file:
             file.write(bytes(free - 40_000_000))
-        done = cluster.drive(tmp_path, MADEWITHML_SHARED=str(disk))
+        done = cluster.drive(tmp_path, MADEWITHML_SHARED_URI=str(disk))
         assert done.returncode != 0 and "could not be written" in done.stderr and "no space left on device" in done.stderr, done.stderr
         (disk / "ballast").unlink()
-        done = cluster.drive(tmp_path, MADEWITHML_SHARED=str(disk))
+        done = cluster.drive(tmp_path, MADEWITHML_SHARED_URI=str(disk))
         judge("disk full while a checkpoint is written", tmp_path, done)
         assert TABLE[-1]["repeated"] <= 1
     finally:
@@ -183,7 +183,7 @@ def test_unwritable_storage(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "one byte changed"])
 def test_damaged_checkpoint(damage: str, cluster: Cluster, undisturbed: dict, tmp_path: Path) -> None:
-    """It is refused by its digest, the one before is used, and the log says so."""
+    """It is rejected by its digest, the one before is used, and the log says so."""
     cluster.drive(tmp_path, "--victim", "driver", "--point", "step:20")
     job = next((tmp_path / "storage" / "ray").iterdir())
     checkpoints = sorted(job.glob("checkpoint_2*"))
@@ -198,7 +198,7 @@ def test_damaged_checkpoint(damage: str, cluster: Cluster, undisturbed: dict, tm
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte[0] ^ 1]))
     done = cluster.drive(tmp_path)
-    assert "epoch 2 is refused (classifier/model.safetensors does not match its digest)" in done.stderr, done.stderr
+    assert "epoch 2 is rejected (classifier/model.safetensors does not match its digest)" in done.stderr, done.stderr
     results = judge(f"checkpoint {damage}", tmp_path, done)
     assert TABLE[-1]["repeated"] <= 2
     assert_same(results, undisturbed)
@@ -224,7 +224,7 @@ def test_prediction_worker_killed(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_tracking_server_away(cluster: Cluster, tmp_path: Path) -> None:
     """MLflow gone for 30 s: training goes on, and every metric is there in the end."""
-    port = free_ports(1)[0]
+    port = find_free_ports(1)[0]
     uri, log = f"http://127.0.0.1:{port}", (tmp_path / "server.log").open("w")
 
     def serve() -> subprocess.Popen:

@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from madewithml.config import ServeConfig
-from madewithml.data import read_table, row_texts
+from madewithml.data import read_table, build_texts
 from madewithml.engine import Engine
-from madewithml.journal import Journal
-from madewithml.predict import decide
-from madewithml.results import MonitorResults, read_results
+from madewithml.prediction_log import PredictionLog
+from madewithml.predict import labels_with_fallback
+from madewithml.schemas import MonitorResults, read_results
 
 from ..conftest import ROOT, Run
 
@@ -19,7 +19,7 @@ TABLES = ROOT / "datasets"
 
 
 def texts_of(name: str) -> list[str]:
-    return row_texts(read_table(TABLES / f"{name}.csv"))
+    return build_texts(read_table(TABLES / f"{name}.csv"))
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def engine(trained: Run) -> Engine:
 
 def write_log(folder: Path, engine: Engine, texts: list[str], **options) -> Path:
     """Answers the texts and logs them as the service does."""
-    journal, ids = Journal(ServeConfig(log_dir=str(folder), **options)), [engine.encode(text) for text in texts]
-    probabilities = engine.proba(ids)
-    for text, row, p, label in zip(texts, ids, probabilities, decide(probabilities, engine.labels), strict=True):
+    journal, ids = PredictionLog(ServeConfig(log_dir=str(folder), **options)), [engine.encode(text) for text in texts]
+    probabilities = engine.predict_proba(ids)
+    for text, row, p, label in zip(texts, ids, probabilities, labels_with_fallback(probabilities, engine.labels), strict=True):
         assert journal.add(text, version=1, run_id=engine.run_id, num_tokens=len(row), unknown_tokens=row.count(engine.unknown_id), prediction=label,
                            confidence=float(p.max()), probabilities=dict(zip(engine.labels, map(float, p), strict=True)))
     journal.close()
@@ -56,7 +56,7 @@ def test_registering_keeps_a_reference(trained: Run) -> None:
 
 def test_usual_traffic(trained: Run, engine: Engine, tmp_path: Path) -> None:
     code, said, results = monitor(trained, write_log(tmp_path / "log", engine, texts_of("unlabeled")[:120], log_text="keep"))
-    assert (code, said, results.num_samples, results.enough, results.explanation) == (0, "", 120, True, None)
+    assert (code, said, results.num_samples, results.has_enough_rows, results.explanation) == (0, "", 120, True, None)
     assert alarms(results) == set() and results.performance.source == "estimate" and not results.performance.alarm
 
 
@@ -70,7 +70,7 @@ def test_new_topic(trained: Run, engine: Engine, tmp_path: Path) -> None:
 
 def test_a_class_that_vanished_in_a_log_without_texts(trained: Run, engine: Engine, tmp_path: Path) -> None:
     texts = texts_of("unlabeled") + texts_of("holdout")
-    said = decide(engine.proba([engine.encode(text) for text in texts]), engine.labels)
+    said = labels_with_fallback(engine.predict_proba([engine.encode(text) for text in texts]), engine.labels)
     log = write_log(tmp_path / "log", engine, [text for text, label in zip(texts, said, strict=True) if label != "mlops"][:100])
     code, stderr, results = monitor(trained, log)
     assert code == 1 and alarms(results) == {"predicted classes"} and "mlops" in stderr
@@ -80,12 +80,12 @@ def test_a_class_that_vanished_in_a_log_without_texts(trained: Run, engine: Engi
 
 def test_thirty_rows_raise_no_alarm(trained: Run, engine: Engine, tmp_path: Path) -> None:
     code, said, results = monitor(trained, write_log(tmp_path / "log", engine, texts_of("offtopic")[:30], log_text="keep"))
-    assert (code, said, results.num_samples, results.enough, results.tests, results.alarm) == (0, "", 30, False, [], False)
+    assert (code, said, results.num_samples, results.has_enough_rows, results.tests, results.alarm) == (0, "", 30, False, [], False)
 
 
 def test_late_labels(trained: Run, engine: Engine, tmp_path: Path) -> None:
     judge = read_table(TABLES / "holdout.csv").iloc[:120]
-    log = write_log(tmp_path / "log", engine, row_texts(judge))
+    log = write_log(tmp_path / "log", engine, build_texts(judge))
     wrong = judge["tag"].where(np.arange(len(judge)) % 3 > 0, "other")
     for name, tags, expected in (("right", judge["tag"], 0), ("wrong", wrong, 1)):
         judge.assign(tag=tags).to_csv(tmp_path / f"{name}.csv", index=False)
@@ -100,12 +100,12 @@ def test_late_labels(trained: Run, engine: Engine, tmp_path: Path) -> None:
     (["--log-dir", "log", "--since", "lately"], "--since: 'lately'"),
     (["--log-dir", "log", "--window", "10"], "--window must be 50 to 2000"),
     (["--log-dir", "log", "--labels", "labels.csv"], "labels.csv: no such file"),
-    (["--log-dir", "log", "--alias", "emperor"], "is the emperor"),
+    (["--log-dir", "log", "--alias", "emperor"], "has no emperor"),
 ], ids=["no folder", "no log", "since", "window", "labels", "alias"])
 def test_told_in_one_line(trained: Run, options: list[str], said: str) -> None:
     log = trained.folder / "log"
     if not log.is_dir():
-        journal = Journal(ServeConfig(log_dir=str(log)))
+        journal = PredictionLog(ServeConfig(log_dir=str(log)))
         journal.add("a text", version=1, run_id=trained.run_id, num_tokens=4, unknown_tokens=0, prediction="other", confidence=0.9, probabilities={"other": 0.9})
         journal.close()
     run_id = [] if "--alias" in options else ["--run-id", trained.run_id]

@@ -1,4 +1,4 @@
-"""Every notebook runs from a fresh kernel, top to bottom, and says nothing that a reader could do nothing about."""
+"""Every notebook runs from a fresh kernel, top to bottom, and writes nothing to stderr."""
 import importlib.util
 import json
 import os
@@ -22,7 +22,7 @@ from tests.conftest import ROOT, Run
 NBS = ROOT / "nbs"
 ALL = sorted(path.relative_to(NBS).with_suffix("").as_posix() for path in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
 # Parameters that make each small. Light ones run with `make test`, the rest with `make test-slow`, or where they say.
-LIGHT = {"explore/eda": {"max_rows": 300}}
+LIGHT = {"explore/eda": {"max_rows": 300}, "explore/one_row": {"num_samples": 96}}
 SLOW = {
     "explore/error_analysis": {"dataset_loc": "SMALL", "num_epochs": 1},
     "explore/baselines": {"num_samples": 160, "num_epochs": 1, "rounds": 1},
@@ -43,7 +43,7 @@ def execute(name: str, parameters: dict, folder: Path, storage: Path | None = No
     with pytest.MonkeyPatch.context() as patch:
         for variable in [variable for variable in os.environ if variable.startswith(("MADEWITHML_", "RAY_ADDRESS"))]:
             patch.delenv(variable)
-        patch.setenv("MADEWITHML_STORAGE", str(storage or folder / "storage"))
+        patch.setenv("MADEWITHML_STORAGE_DIR", str(storage or folder / "storage"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         return papermill.execute_notebook(str(NBS / f"{name}.ipynb"), str(folder / "executed.ipynb"), parameters, cwd=str(folder), progress_bar=False,
                                           kernel_name="python3", extra_arguments=["--log-level=ERROR"])
@@ -57,7 +57,7 @@ def noise(notebook: nbformat.NotebookNode) -> list[str]:
 def covered() -> set[str]:
     """Notebooks that some target runs: stages by tools/check.py, workloads by the tests of pipeline and commands, the rest here."""
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
-    pipeline = (NBS / "12_pipeline.ipynb").read_text(encoding="utf-8")
+    pipeline = (NBS / "71_pipeline.ipynb").read_text(encoding="utf-8")
     names = {path.stem for path in (NBS / "workloads").glob("*.ipynb")}
     run = {name for name in names if f'Workload(\\"{name}\\"' in pipeline or re.search(rf'(cli\(|run_cli\(|command = \[|args = \[)"{name}"', tests)}
     stages = {path.stem for path in NBS.glob("*.ipynb")}  # nbdev_test takes all that lie beside no .notest

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from pyarrow import parquet
 
-from ..conftest import ROOT, Run, environment_of, running
+from ..conftest import ROOT, Run, get_clean_env, is_running
 
 HOLDOUT = ROOT / "datasets" / "holdout.csv"
 ITEM = {"title": "YOLO in the browser", "description": "Finds objects in a webcam's picture, without a server."}
@@ -59,10 +59,10 @@ def serving(run: Run, *options: str, driver: Path | None = None, **variables: st
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(driver), str(port)] if driver else [str(Path(sys.executable).with_name("madewithml")), "serve", "--port", str(port), *options]
-    with subprocess.Popen(command, cwd=run.folder, env=environment_of(variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+    with subprocess.Popen(command, cwd=run.folder, env=get_clean_env(**variables), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
         try:
             said = ""
-            while "Ctrl-C ends it" not in said:
+            while "Ctrl-C stops it" not in said:
                 line = process.stdout.readline()
                 assert line, said
                 said += line
@@ -73,7 +73,7 @@ def serving(run: Run, *options: str, driver: Path | None = None, **variables: st
                 process.send_signal(signal.SIGINT)
             process.communicate(timeout=60)  # closes standard input, which ends a driver
             until = time.monotonic() + 30
-            while (left := [child for child in family if running(child)]) and time.monotonic() < until:
+            while (left := [child for child in family if is_running(child)]) and time.monotonic() < until:
                 time.sleep(0.2)
             assert not left, left
             assert process.returncode == 0
@@ -83,7 +83,7 @@ def serving(run: Run, *options: str, driver: Path | None = None, **variables: st
 def served(trained: Run) -> Iterator[Served]:
     done = trained.cli("promote")
     assert done.returncode == 0, done.stdout + done.stderr
-    with serving(trained, "--log-dir", str(trained.folder / "log"), "--data-root", str(ROOT / "datasets"), "--config", '{"log_seconds": 1, "watch_s": 0.5}') as service:
+    with serving(trained, "--log-dir", str(trained.folder / "log"), "--allowed-data-dir", str(ROOT / "datasets"), "--config", '{"log_flush_interval_s": 1, "poll_interval_s": 0.5}') as service:
         yield service
 
 
@@ -102,11 +102,11 @@ def test_courses_clients(served: Served) -> None:
 def test_health_version_metrics(served: Served) -> None:
     assert served.ask("/v2/health/live")[1] == {"live": True} and served.ask("/v2/health/ready")[1] == {"ready": True}
     about = served.ask("/version")[1]
-    assert (about["version"], about["alias"], about["refused"], len(about["labels"])) == (1, "champion", None, 4)
+    assert (about["version"], about["alias"], about["rejected"], len(about["labels"])) == (1, "champion", None, 4)
     served.ask("/predict/", [ITEM] * 3)
     text = served.ask("/metrics")[1]
     for name in ("madewithml_requests_total{route=\"/predict/\",status=\"200\"}", "madewithml_predictions_total{label=\"computer-vision\",version=\"1\"}", "madewithml_request_seconds_bucket",
-                 "madewithml_batch_size_bucket", "madewithml_confidence_bucket", "madewithml_under_way"):
+                 "madewithml_batch_size_bucket", "madewithml_confidence_bucket", "madewithml_in_flight"):
         assert name in text, name
 
 
@@ -145,7 +145,7 @@ def test_a_person_types_and_sees_the_class(page, served: Served) -> None:
     page.wait_for_selector(".row.best")
     assert page.locator(".row.best .label").inner_text() == "computer-vision"
     assert page.locator(".row").count() == 4
-    assert page.locator("#note").inner_text().startswith("computer-vision, says version")
+    assert page.locator("#note").inner_text().startswith("computer-vision, predicted by version")
     page.screenshot(path=served.run.folder / "ui.png")
 
 
@@ -203,7 +203,7 @@ def test_hostile_body(name: str, served: Served) -> None:
 @pytest.mark.parametrize("dataset", ["../README.md", "../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "http://127.0.0.1:1/x.csv", "http://169.254.169.254/latest", "s3://bucket/x.csv", "\0", "a" * 900, "."])
 def test_hostile_dataset(dataset: str, served: Served) -> None:
     status, answer, _ = served.ask("/evaluate/", {"dataset": dataset})
-    assert (status, answer["detail"]) == (404, "There is no such table under the data roots.")
+    assert (status, answer["detail"]) == (404, "There is no such table in the allowed directories.")
 
 
 def test_slow_and_lying_senders(served: Served) -> None:
@@ -258,7 +258,7 @@ def test_what_a_stranger_on_the_network_can_reach(served: Served, tmp_path: Path
     import grpc
     from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-    refused, bomb = [], tmp_path / "exploded"
+    rejected, bomb = [], tmp_path / "exploded"
     for port, name in listening(served).items():
         assert "haproxy" not in name, name
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
@@ -273,9 +273,9 @@ def test_what_a_stranger_on_the_network_can_reach(served: Served, tmp_path: Path
             request = serve_pb2.ASGIRequest(pickled_request_metadata=pickle.dumps(Bomb(bomb)))
             serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest(request, timeout=2)
         if error.value.code() == grpc.StatusCode.UNAUTHENTICATED:
-            refused.append(name)
+            rejected.append(name)
     assert not bomb.exists()
-    assert any("ServeRepli" in name for name in refused), refused
+    assert any("ServeRepli" in name for name in rejected), rejected
 
 
 def test_predictions_are_logged(served: Served) -> None:
@@ -290,12 +290,12 @@ def test_new_champion_answers_and_damaged_one_does_not(served: Served) -> None:
     """The service moves to another version in place; a damaged one never answers; and rollback brings the first one back."""
     code = """
 import sys
-from madewithml.tracking import CHECKPOINT, checkpoint_dir, connect_mlflow, get_run
-client, old = connect_mlflow(), sys.argv[1]
+from madewithml.tracking import CHECKPOINT, fetch_checkpoint, mlflow_client, get_run
+client, old = mlflow_client(), sys.argv[1]
 run = client.create_run(get_run(old).info.experiment_id).info
-client.log_artifacts(run.run_id, str(checkpoint_dir(old)), CHECKPOINT)
+client.log_artifacts(run.run_id, str(fetch_checkpoint(old)), CHECKPOINT)
 if sys.argv[2] == "damage":
-    file = checkpoint_dir(run.run_id) / "model.safetensors"
+    file = fetch_checkpoint(run.run_id) / "model.safetensors"
     content = bytearray(file.read_bytes()); content[-100] ^= 1; file.write_bytes(content)
 client.set_registered_model_alias("madewithml", "previous", client.get_registered_model("madewithml").aliases["champion"])
 client.set_registered_model_alias("madewithml", "champion", client.create_model_version("madewithml", run.artifact_uri, run.run_id).version)
@@ -305,16 +305,16 @@ client.set_registered_model_alias("madewithml", "champion", client.create_model_
         assert done.returncode == 0, done.stderr
 
     new_champion("sound")
-    done = served.run.cli("deploy", "--url", served.url)
+    done = served.run.cli("rollout-status", "--url", served.url)
     assert done.returncode == 0, done.stdout + done.stderr
     assert served.ask("/predict/", ITEM)[1]["version"] == 2
 
     new_champion("damage")
-    done = served.run.cli("deploy", "--url", served.url, "--timeout", "5")
-    assert done.returncode == 1 and "version 2 answers; refused" in done.stderr, done.stdout + done.stderr
+    done = served.run.cli("rollout-status", "--url", served.url, "--timeout", "5")
+    assert done.returncode == 1 and "version 2 answers; rejected" in done.stderr, done.stdout + done.stderr
     assert served.ask("/predict/", ITEM)[1]["version"] == 2
-    assert served.ask("/version")[1]["refused"]["version"] == 3
+    assert served.ask("/version")[1]["rejected"]["version"] == 3
 
     assert json.loads(served.run.cli("rollback", "--reason", "version 3 is damaged").stdout) == {"champion": 2, "previous": 3}
-    assert served.run.cli("deploy", "--url", served.url).returncode == 0
-    assert served.ask("/version")[1]["refused"] is None
+    assert served.run.cli("rollout-status", "--url", served.url).returncode == 0
+    assert served.ask("/version")[1]["rejected"] is None

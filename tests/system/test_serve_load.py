@@ -40,8 +40,8 @@ def registry(run: Run, *arguments: str) -> str:
     code = """
 import sys
 from madewithml.registry import register_model
-from madewithml.tracking import CHECKPOINT, checkpoint_dir, connect_mlflow, get_run
-client, what = connect_mlflow(), sys.argv[1]
+from madewithml.tracking import CHECKPOINT, fetch_checkpoint, mlflow_client, get_run
+client, what = mlflow_client(), sys.argv[1]
 if what == "alias": client.set_registered_model_alias("madewithml", sys.argv[2], sys.argv[3])
 if what == "toggle":
     import time
@@ -51,7 +51,7 @@ if what == "toggle":
 if what == "copy":
     old = client.get_model_version("madewithml", "1").run_id
     run = client.create_run(get_run(old).info.experiment_id).info.run_id
-    client.log_artifacts(run, str(checkpoint_dir(old)), CHECKPOINT)
+    client.log_artifacts(run, str(fetch_checkpoint(old)), CHECKPOINT)
     print(register_model(run).version)
 """
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=run.folder, capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -131,7 +131,7 @@ def test_generated_requests(ready: Run, tmp_path: Path) -> None:
 
 def test_fifty_champion_changes(ready: Run) -> None:
     """The alias moves fifty times at 100 requests/s: every answer is a 200 and names one of the two versions."""
-    with serving(ready, "--config", '{"watch_s": 0.5}') as served:
+    with serving(ready, "--config", '{"poll_interval_s": 0.5}') as served:
         outcomes = open_loop(served.url + "/predict/", ITEMS, 100, 100 * 320, {200: lambda: registry(ready, "toggle", "50", "6")})  # loading takes some seconds beside the answers
     line = summary("50 champion changes at 100 requests/s", outcomes)
     changes = sum(a != b for a, b in zip(*[[json.loads(o.body)["version"] for o in outcomes if o.status == 200][i:] for i in (0, 1)], strict=False))
@@ -219,7 +219,7 @@ def test_killed_processes(ready: Run) -> None:
 
 
 def test_overload(ready: Run, tmp_path: Path) -> None:
-    """Ten times what it can do, for a minute: what is accepted is answered soon, the rest is refused at once, and it is well again after."""
+    """Ten times what it can do, for a minute: what is accepted is answered soon, the rest is rejected at once, and it is well again after."""
     with serving(ready) as served:
         peak = knee(served, tmp_path)
         replica = family(served, "ServeReplica")[0]
@@ -227,14 +227,14 @@ def test_overload(ready: Run, tmp_path: Path) -> None:
         seen = h2load(served, 600, 60, 10 * peak, tmp_path)
         after = replica.memory_info().rss
         time.sleep(5)
-        burst = open_loop(served.url + "/predict/", ITEMS, 5000, 1000)  # who is refused is told when to come back
+        burst = open_loop(served.url + "/predict/", ITEMS, 5000, 1000)  # who is rejected is told when to come back
         time.sleep(5)
         calm = open_loop(served.url + "/predict/", ITEMS, 0.3 * peak, int(0.3 * peak * 10))
     good, rest = ([outcome for outcome in seen if (outcome.status == 200) == well] for well in (True, False))
-    tell(f"peak {peak:.0f} requests/s; overload {len(seen) / 60:.0f} requests/s: {len(good) / 60:.0f} a second accepted, p99 {percentile(good, 0.99):.0f} ms; {len(rest) / 60:.0f} a second refused, "
+    tell(f"peak {peak:.0f} requests/s; overload {len(seen) / 60:.0f} requests/s: {len(good) / 60:.0f} a second accepted, p99 {percentile(good, 0.99):.0f} ms; {len(rest) / 60:.0f} a second rejected, "
          f"statuses {sorted({outcome.status for outcome in rest})}, p99 {percentile(rest, 0.99):.0f} ms; memory {100 * (after / before - 1):+.1f} %; {summary('after', calm)}")
-    refused = [outcome for outcome in burst if outcome.status != 200]
-    assert refused and all(outcome.status == 503 and outcome.headers.get("Retry-After") == "1" for outcome in refused)
+    rejected = [outcome for outcome in burst if outcome.status != 200]
+    assert rejected and all(outcome.status == 503 and outcome.headers.get("Retry-After") == "1" for outcome in rejected)
     assert len(seen) / 60 > 5 * peak
     assert {outcome.status for outcome in rest} <= {503, 429}
     assert len(good) / 60 >= 0.8 * peak and percentile(good, 0.99) < 1000

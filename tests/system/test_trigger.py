@@ -1,4 +1,4 @@
-"""The loop: tables of new labelled rows come, are judged, and a better model takes over by itself; a worse one never does."""
+"""The loop: tables of new labeled rows come, are judged, and a better model takes over by itself; a worse one never does."""
 import json
 import os
 import shutil
@@ -15,8 +15,8 @@ import yaml
 from moto.server import ThreadedMotoServer
 
 from madewithml.data import stratified_split
-from madewithml.results import MonitorResults
-from tests.conftest import ROOT, Run, call_cli, run_cli
+from madewithml.schemas import MonitorResults
+from tests.conftest import ROOT, Run, fork_cli, run_cli
 
 HOLDOUT = str(ROOT / "datasets" / "holdout.csv")
 TRIALS = 10
@@ -28,16 +28,16 @@ class Loop:
     def __init__(self, folder: Path, root: Path, **policy) -> None:
         self.folder, self.new = folder, folder / "new"
         self.new.mkdir()
-        (folder / "policy.yaml").write_text(yaml.safe_dump({"settle_seconds": 0} | policy))
-        # Both versions are of one size: what else runs on the machine is no reason. And what a champion of 300 rows passes of the behaviour tests, it passes by luck.
-        (folder / "promotion.yaml").write_text("max_p99_ratio: 10\nmax_p50_ratio: 10\nmax_p99_ms: 1000\nmax_new_behavior_failures: 3")
+        (folder / "policy.yaml").write_text(yaml.safe_dump({"min_file_age_s": 0} | policy))
+        # Both versions are of one size: what else runs on the machine is no reason. And what a champion of 300 rows passes of the behavior tests, it passes by luck.
+        (folder / "promotion.yaml").write_text("max_p99_latency_ratio: 10\nmax_p50_ratio: 10\nmax_p99_ms: 1000\nmax_new_behavior_failures: 3")
         self.args = ["--policy", "policy.yaml", "--new-data", "new", "--promotion-policy", "promotion.yaml", "--dataset-loc", str(root), "--holdout-loc", HOLDOUT]
 
     def come(self, rows: pd.DataFrame, name: str = "batch.csv") -> None:
         rows.to_csv(self.new / name, index=False)
 
     def trigger(self, *more: str, **variables: str) -> subprocess.CompletedProcess:
-        return call_cli("trigger", *self.args, *more, cwd=self.folder, **variables)
+        return fork_cli("trigger", *self.args, *more, cwd=self.folder, **variables)
 
     @property
     def ledger(self) -> list[dict]:
@@ -46,7 +46,7 @@ class Loop:
 
     @property
     def champion(self) -> int:
-        code = "from madewithml.aliases import aliases; print(aliases()['champion'])"
+        code = "from madewithml.registry import get_aliases; print(get_aliases()['champion'])"
         return int(subprocess.run([sys.executable, "-c", code], cwd=self.folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True).stdout)
 
 
@@ -70,14 +70,14 @@ def served(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The trained run with its version as the champion."""
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(trained.folder / "storage", folder / "storage")
-    subprocess.run([sys.executable, "-c", f"from madewithml.aliases import aliases, move_champion; from madewithml.registry import register_model; name = register_model({trained.run_id!r}).model_name; move_champion(name, aliases(name))"],
+    subprocess.run([sys.executable, "-c", f"from madewithml.registry import get_aliases, promote_challenger, register_model; name = register_model({trained.run_id!r}).model_name; promote_challenger(name, get_aliases(name))"],
                    cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     return Run(folder)
 
 
 @pytest.fixture(scope="module")
 def fresh(trained: Run) -> pd.DataFrame:
-    """Rows that nobody has labelled yet, labelled as the champion would where it is sure."""
+    """Rows that nobody has labeled yet, labeled as the champion would where it is sure."""
     rows = pd.read_csv(trained.results / "predictions.csv").merge(pd.read_csv(ROOT / "datasets" / "unlabeled.csv")[["id", "created_on"]], on="id", suffixes=("", "_"))
     return rows[rows["confidence"] >= 0.8].rename(columns={"prediction": "tag"})[["id", "created_on", "title", "description", "tag"]].reset_index(drop=True)
 
@@ -94,20 +94,20 @@ def test_poisoned_tables_are_refused(served: Run, fresh: pd.DataFrame, tmp_path:
     loop.come(rest.assign(description=""), "empty.csv")
     loop.come(pd.concat([rest, pd.read_csv(HOLDOUT).head(5)]), "leak.csv")
     loop.come(rest.assign(tag="robotics"), "label.csv")
-    loop.come(rest.drop(columns="tag"), "unlabelled.csv")
+    loop.come(rest.drop(columns="tag"), "unlabeled.csv")
     (loop.new / "broken.parquet").write_bytes(b"PAR1" + b"\xff" * 40)
     (loop.new / "half.csv.part").write_text("id,cre")
     done = loop.trigger()
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("Check failed: ") and done.stderr.rstrip().endswith("The champion stays."), done.stderr
-    said = {Path(verdict["loc"]).name: verdict for verdict in (json.loads(path.read_text()) for path in (tmp_path / "storage" / "trigger" / "batches").glob("*.json"))}
-    assert {name: verdict["state"] for name, verdict in said.items()} == {"a-honest.csv": "accepted"} | dict.fromkeys(
-        ["swapped.csv", "twice.csv", "known.csv", "empty.csv", "leak.csv", "label.csv", "unlabelled.csv", "broken.parquet"], "refused")
-    for name, why in {"swapped": "labels agree with the champion", "twice": "no text stands twice", "known": "in the training table already", "empty": "'description' is empty no more often",
-                      "leak": "no text is in the holdout", "label": "'tag' is one of", "unlabelled": "column 'tag' is missing"}.items():
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("Check failed: ") and done.stderr.rstrip().endswith("The champion is unchanged."), done.stderr
+    said = {Path(verdict["uri"]).name: verdict for verdict in (json.loads(path.read_text()) for path in (tmp_path / "storage" / "trigger" / "batches").glob("*.json"))}
+    assert {name: verdict["status"] for name, verdict in said.items()} == {"a-honest.csv": "accepted"} | dict.fromkeys(
+        ["swapped.csv", "twice.csv", "known.csv", "empty.csv", "leak.csv", "label.csv", "unlabeled.csv", "broken.parquet"], "rejected")
+    for name, why in {"swapped": "labels agree with a confident champion", "twice": "no text appears twice", "known": "is in the training table", "empty": "'description' is empty no more often",
+                      "leak": "no text is in the holdout", "label": "'tag' is one of", "unlabeled": "column 'tag' is missing"}.items():
         assert why in said[f"{name}.csv"]["reason"] and why in done.stdout
     assert "new/broken.parquet: " in said["broken.parquet"]["reason"] and "Parquet magic bytes not found" in said["broken.parquet"]["reason"]
-    assert [entry["decision"] for entry in loop.ledger] == ["alert"] and len(loop.ledger[0]["figures"]["refused"]) == 8
+    assert [entry["decision"] for entry in loop.ledger] == ["alert"] and len(loop.ledger[0]["evidence"]["rejected"]) == 8
     assert loop.champion == before
     again = loop.trigger()
     assert again.returncode == 0 and '"decision": "nothing"' in again.stdout  # each is told once
@@ -127,25 +127,25 @@ def test_dry_run_leaves_no_trace(served: Run, fresh: pd.DataFrame, tmp_path: Pat
     (["--policy", "nowhere.yaml"], "--policy: No such file or directory"),
     (["--promotion-policy", "nowhere.yaml"], "--promotion-policy: No such file or directory"),
     (["--dataset-loc", "nowhere.csv", "--holdout-loc", HOLDOUT], "nowhere.csv: no such file."),
-    (["--dataset-loc", HOLDOUT], "--holdout-loc is needed"),
+    (["--dataset-loc", HOLDOUT], "--holdout-loc is required"),
     (["--train-loop-config", "{oops"], "not JSON"),
 ])
 def test_wrong_option(args: list[str], said: str, tmp_path: Path) -> None:
-    done = call_cli("trigger", *args, cwd=tmp_path)
+    done = fork_cli("trigger", *args, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_drift_in_two_windows_without_rows_alerts(tmp_path: Path) -> None:
     """Each call sees the one results file that the monitor overwrites; the ledger remembers the window before. A webhook that nobody answers loses no decision."""
-    (tmp_path / "policy.yaml").write_text("webhook_tries: 1")
+    (tmp_path / "policy.yaml").write_text("webhook_max_attempts: 1")
     for hour, decision in enumerate(["nothing", "nothing", "alert", "nothing"]):
-        window = MonitorResults(run_id="r", version=1, window_start=f"2026-01-01T{hour:02}:00", window_end=f"2026-01-01T{hour + 1:02}:00", num_samples=200, enough=True, tests=[],
+        window = MonitorResults(run_id="r", version=1, window_start=f"2026-01-01T{hour:02}:00", window_end=f"2026-01-01T{hour + 1:02}:00", num_samples=200, has_enough_rows=True, tests=[],
                                 performance=None, drift=hour > 0, alarm=hour > 0)
         (tmp_path / "monitor.json").write_text(window.model_dump_json())
-        done = call_cli("trigger", "--monitor-results", "monitor.json", "--policy", "policy.yaml", cwd=tmp_path, MADEWITHML_WEBHOOK_URL="http://127.0.0.1:9/secret")
+        done = fork_cli("trigger", "--monitor-results", "monitor.json", "--policy", "policy.yaml", cwd=tmp_path, MADEWITHML_WEBHOOK_URL="http://127.0.0.1:9/secret")
         assert done.returncode == 0 and f'"decision": "{decision}"' in done.stdout, (hour, done.stdout, done.stderr)
-        message = json.loads((tmp_path / "results" / "trigger" / "trigger.json").read_text())["message"]
-        assert message == ("not delivered to 127.0.0.1 in 1 tries: nobody answers" if decision == "alert" else "")
+        message = json.loads((tmp_path / "results" / "trigger" / "trigger.json").read_text())["notification_status"]
+        assert message == ("not delivered to 127.0.0.1 in 1 attempt(s): connection failed" if decision == "alert" else "")
     assert "secret" not in (tmp_path / "storage" / "trigger" / "ledger.jsonl").read_text()
 
 
@@ -155,11 +155,11 @@ def test_watch_sees_what_comes_and_ends_cleanly(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert "No alarm" in process.stdout.readline()
         (loop.new / "late.csv").write_text("title,description,tag\na,b,c\n")
-        said = [line for line in iter(process.stdout.readline, "nothing: No alarm, and nothing new.\n") if "late.csv" in line]
+        said = [line for line in iter(process.stdout.readline, "nothing: No alarm and no new data.\n") if "late.csv" in line]
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said[0].startswith("new/late.csv: 1 new rows, refused: the columns of the training table are there (missing: id, created_on)"), said
+    assert said[0].startswith("new/late.csv: 1 new rows, rejected: the table has the columns of the training table (missing: id, created_on)"), said
     assert [entry["decision"] for entry in loop.ledger] == ["nothing", "alert", "nothing"]
 
 
@@ -178,10 +178,10 @@ def test_new_tables_and_memory_in_a_bucket(served: Run, fresh: pd.DataFrame, tmp
             (tmp_path / machine).mkdir()
             loop = loop_of(served, tmp_path / machine, ROOT / "datasets" / "dataset.csv", min_new_rows=10_000)
             loop.args[3] = "s3://somebody:not-to-be-seen@bucket/new"
-            done = loop.trigger(MADEWITHML_SHARED="s3://bucket/shared")
+            done = loop.trigger(MADEWITHML_SHARED_URI="s3://bucket/shared")
             assert done.returncode == 0, done.stderr
             assert (f"s3://bucket/new/a.csv: {len(fresh)} new rows, accepted" in done.stdout) == judged, done.stdout
-            assert f"{len(fresh)} new labelled rows wait in 1 table" in done.stdout
+            assert f"{len(fresh)} new labeled rows are waiting in 1 table" in done.stdout
             assert len(loop.ledger) == 1
             assert not any(b"not-to-be-seen" in path.read_bytes() for path in loop.folder.rglob("trigger/**/*") if path.is_file())
     finally:
@@ -232,12 +232,12 @@ def test_better_challenger_is_promoted_unattended(trial: int, small: Run, tables
 @pytest.mark.parametrize("trial", range(TRIALS))
 def test_worse_challenger_is_never_promoted(trial: int, small: Run, tables: tuple[Path, pd.DataFrame], tmp_path: Path) -> None:
     """With the check of labels turned off, 40 to 67 % of swapped labels reach the training; the gate refuses what comes out, and it is not tried again."""
-    loop = loop_of(small, tmp_path, tables[0], check_agreement=False, cool_down_hours=0)
+    loop = loop_of(small, tmp_path, tables[0], check_agreement=False, cooldown_hours=0)
     loop.come(swapped(tables[1].sample(600, random_state=trial), 0.4 + 0.03 * trial, seed=trial))
     done = loop.trigger("--num-epochs", "1", "--seed", str(trial))
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("Check failed: Version 2 was not promoted: weighted F1"), done.stdout + done.stderr
     (entry,) = loop.ledger
-    assert (entry["decision"], entry["status"]) == ("retrain", "refused")
+    assert (entry["decision"], entry["status"]) == ("retrain", "rejected")
     assert loop.champion == 1
     again = loop.trigger("--num-epochs", "1")
     assert again.returncode == 0 and '"decision": "nothing"' in again.stdout and loop.champion == 1
@@ -249,12 +249,12 @@ def test_failed_retrain_is_written_down_and_cools_down(small: Run, tables: tuple
     """A retrain that ends in a user's mistake says so in one line, keeps the champion and the new rows, and is not tried again at once."""
     loop = loop_of(small, tmp_path, tables[0])
     loop.come(tables[1].sample(200, random_state=0))
-    done = loop.trigger("--llm", "/nowhere/model")
+    done = loop.trigger("--encoder", "/nowhere/model")
     assert done.returncode == 2 and "/nowhere/model" in done.stderr.splitlines()[-1], done.stdout + done.stderr
     (entry,) = loop.ledger
     assert (entry["decision"], entry["status"]) == ("retrain", "failed") and "/nowhere/model" in entry["outcome"] and loop.champion == 1
     again = loop.trigger()
-    assert again.returncode == 0 and "200 new labelled rows wait" in again.stdout and "the cool-down is 24" in again.stdout, again.stdout + again.stderr
+    assert again.returncode == 0 and "200 new labeled rows are waiting" in again.stdout and "the cooldown is 24" in again.stdout, again.stdout + again.stderr
 
 
 @pytest.mark.slow
@@ -262,10 +262,10 @@ def test_killed_retrain_goes_on_and_blocks_nobody(small: Run, tables: tuple[Path
     """kill -9 in the middle of a retrain: the next trigger, after the cool-down, ends it with the same table and does not train twice."""
     from tests.conftest import kill_cli
 
-    loop = loop_of(small, tmp_path, tables[0], cool_down_hours=0)
+    loop = loop_of(small, tmp_path, tables[0], cooldown_hours=0)
     loop.come(tables[1].sample(600, random_state=1))
     kill_cli("trigger", *loop.args, "--num-epochs", "1", cwd=tmp_path, at="▶ evaluate")
     assert [(entry["decision"], entry["status"]) for entry in loop.ledger] == [("retrain", "")] and loop.champion == 1
     done = loop.trigger("--num-epochs", "1")
-    assert done.returncode == 0 and "▶ train\n  unchanged, results stand" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "▶ train\n  unchanged, results are up to date" in done.stdout, done.stdout + done.stderr
     assert [(entry["decision"], entry["status"]) for entry in loop.ledger] == [("retrain", ""), ("retrain", "promoted")] and loop.champion == 2

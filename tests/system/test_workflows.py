@@ -1,4 +1,4 @@
-"""The workflows, played: their `run:` steps in order, in a fresh clone, with the variables that GitHub sets; only GitHub itself is a stand-in."""
+"""The workflows: their `run:` blocks in order, in a clone, with a fake GitHub around them."""
 import itertools
 import json
 import re
@@ -12,205 +12,257 @@ import mistune
 import pandas as pd
 import pytest
 
-from madewithml.comment import MARKER
+from madewithml.pr_comment import MARKER
 from madewithml.data import stratified_split
-from madewithml.results import Candidate, EvaluateResults, PromoteResults
+from madewithml.schemas import CandidateMetrics, EvaluateResults, PromoteResults
 
-from ..actions import BOT, REPOSITORY, GitHub, Played, github, play, zipped
+from ..actions import WorkflowRun, run_workflow
 from ..conftest import ROOT, Run
+from ..fake_github import BOT, REPOSITORY, FakeGitHub, fake_github
 from .test_serve import Served, serving
 
-pytestmark = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone of the repository")
+needs_clone = not (ROOT / ".git").exists()
+pytestmark = pytest.mark.skipif(needs_clone, reason="needs a clone of the repository")
 ROLL_OUT = "Roll out, and see that the service answers with it"
+SHA = "c0ffee" * 6 + "abcd"
 FORK = {"id": 5, "full_name": "eve/classifier", "owner": {"login": "eve"}}
+OTHER_COMMENTS = [("bob", "Nice."), ("eve", f"{MARKER}\nmine"), (BOT, "Coverage 90 %")]
+MAIN_RUN = {"workflow": "serve.yaml", "branch": "main", "event": "push", "status": "completed"}
 
 
 @pytest.fixture
-def hub() -> Iterator[GitHub]:
-    """GitHub with a pull request from a fork, on which people and a copycat have written."""
-    with github() as hub:
-        hub.pulls.append({"number": 7, "state": "open", "head": {"sha": "c0ffee" * 6 + "abcd", "ref": "better", "user": {"login": "eve"}, "repo": FORK}})
-        hub.comments += [{"id": 1000 + i, "pull": 7, "user": {"login": who}, "body": body, "html_url": ""} for i, (who, body) in enumerate([("bob", "Nice."), ("eve", f"{MARKER}\nmine"), (BOT, "Coverage 90 %")])]
-        yield hub
+def github() -> Iterator[FakeGitHub]:
+    """A GitHub with a pull request from a fork, with comments, one of them with a forged marker."""
+    with fake_github() as github:
+        github.pulls = [{"number": 7, "state": "open", "label": "eve:better",
+                         "head": {"sha": SHA, "repo": FORK}}]
+        github.comments = [{"id": 1000 + i, "pull": 7, "user": {"login": login}, "body": body}
+                           for i, (login, body) in enumerate(OTHER_COMMENTS)]
+        yield github
 
 
-def workflow_run(number: int, conclusion: str = "success", **changes: object) -> dict:
-    """The event that a finished run of workloads.yaml sends."""
-    run = {"id": 100 + number, "run_number": number, "event": "pull_request", "conclusion": conclusion, "head_sha": "c0ffee" * 6 + "abcd", "head_branch": "better", "head_repository": FORK,
-           "html_url": f"https://github.example/team/classifier/actions/runs/{100 + number}"}
-    return {"workflow_run": run | changes, "repository": REPOSITORY}
+def run_comment(github: FakeGitHub, folder: Path, number: int, origin: Path = ROOT,
+                **changes: str) -> WorkflowRun:
+    """Runs comment.yaml for run 100 + `number` of workloads.yaml."""
+    url = f"https://github.example/team/classifier/actions/runs/{100 + number}"
+    event = {"id": 100 + number, "run_number": number, "event": "pull_request",
+             "conclusion": "success", "head_sha": SHA, "head_branch": "better",
+             "head_repository": FORK, "html_url": url}
+    event = {"workflow_run": event | changes, "repository": REPOSITORY}
+    return run_workflow("comment.yaml", origin, folder / "checkout", github, event, {})
 
 
-def comment(hub: GitHub, tmp_path: Path, event: dict, repository: Path = ROOT) -> Played:
-    return play("comment.yaml", repository, tmp_path / "checkout", hub, event, {"github": {"run_id": 900}})
+def load_results(run: Run) -> dict[str, dict]:
+    """Results of a run, with what the gate would have measured."""
+    workloads = ("validate", "train", "evaluate", "predict", "register")
+    results = {workload: run.json(workload) for workload in workloads}
+    evaluation = EvaluateResults.model_validate(results["evaluate"])
+    metrics = evaluation.model_dump(include={"overall", "per_class", "slices", "behavior"})
+    challenger = CandidateMetrics(version=1, run_id=run.run_id, p50_ms=5, p99_ms=9, size_mb=91, **metrics)
+    promotion = PromoteResults(
+        model_name="m", decision="promoted", by="runner", reason="", dataset_loc="h",
+        dataset_digest="h", policy={}, checks=[], challenger=challenger)
+    return results | {"promote": promotion.model_dump()}
 
 
-def results(run: Run) -> dict[str, dict]:
-    """The results of a run, with what the gate would have measured."""
-    found = {name: run.json(name) for name in ("validate", "train", "evaluate", "predict", "register")}
-    judged = EvaluateResults.model_validate(found["evaluate"])
-    measured = Candidate(version=1, run_id=judged.run_id, p50_ms=5, p99_ms=9, size_mb=91, **judged.model_dump(include={"overall", "per_class", "slices", "behavior"}))
-    gated = PromoteResults(model_name="m", decision="promoted", by="runner", reason="", dataset_loc="h", dataset_digest="h", policy={}, checks=[], challenger=measured)
-    return found | {"promote": gated.model_dump()}
+def to_files(results: dict[str, dict]) -> dict[str, str]:
+    return {f"{workload}.json": json.dumps(value) for workload, value in results.items()}
 
 
-def files(found: dict[str, dict]) -> dict[str, str]:
-    return {f"{name}.json": json.dumps(value) for name, value in found.items()}
+def test_comment_is_updated_and_artifacts_are_not_trusted(
+        trained: Run, github: FakeGitHub, tmp_path: Path) -> None:
+    """The first run makes the comment, later ones replace it; a forged artifact changes nothing."""
+    results = load_results(trained)
+    github.runs.append({"id": 50, **MAIN_RUN})
+    for run_id in (50, 101, 104):
+        github.upload(run_id, "results", to_files(results))
+    run = run_comment(github, tmp_path, 1)
+    assert run.success, run.stdout
+    [*others, created] = map(dict, github.comments)
+    assert [comment["body"] for comment in others] == [body for _, body in OTHER_COMMENTS]
+    assert created["body"].startswith(MARKER) and created["pull"] == 7
+    f1 = f"**F1 {results['evaluate']['overall']['f1']:.3f}**"
+    for text in (f1, "| main | difference |", "+0.000", "would promote", SHA[:10]):
+        assert text in created["body"]
 
-
-def ours(hub: GitHub) -> list[dict]:
-    return [comment for comment in hub.comments if comment["user"]["login"] == BOT and comment["body"].startswith(MARKER)]
-
-
-def test_comment_is_made_kept_up_to_date_and_guarded(trained: Run, hub: GitHub, tmp_path: Path) -> None:
-    """The first run makes the comment, later ones replace it; a forged artefact changes nothing; nobody else's comment is touched."""
-    found = results(trained)
-    hub.runs.append({"id": 50, "workflow": "serve.yaml", "branch": "main", "event": "push", "status": "completed"})
-    hub.upload(50, "results", zipped(files(found)))
-    hub.upload(101, "results", zipped(files(found)))
-    done = comment(hub, tmp_path, workflow_run(1))
-    assert done.success, done.said
-    [made] = ours(hub)
-    assert f"**F1 {found['evaluate']['overall']['f1']:.3f}**" in made["body"] and "| main | difference |" in made["body"] and "+0.000" in made["body"]
-    assert "would promote" in made["body"] and "c0ffeec0ff" in made["body"] and made["pull"] == 7
-
-    worse = json.loads(json.dumps(found))  # a stranger's figures and texts, of the right schema
-    hostile = "@everyone ![x](https://evil.example/x.png) | <script>alert(1)</script> " + MARKER
-    worse["evaluate"]["mistakes"] = [{"row": 1, "text": hostile, "label": hostile, "predicted": "`x`", "confidence": 0.9}]
-    worse["evaluate"]["overall"]["f1"] = worse["promote"]["challenger"]["overall"]["f1"] = 0.25
-    hub.upload(102, "results", zipped(files(worse)))
-    assert comment(hub, tmp_path, workflow_run(2)).success
-    [updated] = ours(hub)
-    assert updated["id"] == made["id"] and "**F1 0.250**" in updated["body"] and "would refuse" in updated["body"] and "| weighted F1 | 0.250 |" in updated["body"]
-    html = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url"])(updated["body"])
-    assert re.findall(r"<a [^>]*>", html) == ['<a href="https://github.example/team/classifier/actions/runs/102">']
+    worse = json.loads(json.dumps(results))  # of the right schema, with a stranger's texts
+    hostile = f"@everyone ![x](https://evil.example/x.png) | <script>alert(1)</script> {MARKER}"
+    worse["evaluate"]["mistakes"] = [
+        {"row": 1, "text": hostile, "label": hostile, "predicted": "`x`", "confidence": 0.9}]
+    for metrics in (worse["evaluate"], worse["promote"]["challenger"]):
+        metrics["overall"]["f1"] = 0.25
+    github.upload(102, "results", to_files(worse))
+    assert run_comment(github, tmp_path, 2).success
+    body = github.comments[-1]["body"]
+    for text in ("**F1 0.250**", "would refuse", "| weighted F1 | 0.250 |"):
+        assert text in body
+    render = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url"])
+    html = render(body)
+    url = "https://github.example/team/classifier/actions/runs/102"
+    assert re.findall(r"<a [^>]*>", html) == [f'<a href="{url}">']
     assert not re.search(r"<(img|script)|@\w", html) and html.count("<!--") == 1
 
-    before = json.dumps(hub.comments)
-    hub.upload(103, "results", zipped(files(found) | {"../../.bashrc": "x"}))
-    done = comment(hub, tmp_path, workflow_run(3))
-    assert done.outcome["Comment"] == "failure" and "Check failed: The artefact is refused: it holds '../../.bashrc'" in done.said["Comment"], done.said
-    hub.upload(104, "results", zipped(files(found)))
-    done = comment(hub, tmp_path, workflow_run(4, head_sha="0" * 40))  # the pull request has moved on
-    assert done.success and "nothing to say" in done.said["Comment"], done.said
-    assert comment(hub, tmp_path, workflow_run(4, event="push")).outcome == {}
-    assert json.dumps(hub.comments) == before
+    github.upload(103, "results", to_files(results) | {"../../.bashrc": "x"})
+    run = run_comment(github, tmp_path, 3)
+    assert run.outcomes["Comment"] == "failure", run.stdout
+    message = "Check failed: The artifact is rejected: it holds '../../.bashrc'"
+    assert message in run.stdout["Comment"]
+    run = run_comment(github, tmp_path, 4, head_sha="0" * 40)  # there is a newer commit
+    assert run.success and "nothing to say" in run.stdout["Comment"], run.stdout
+    assert run_comment(github, tmp_path, 4, event="push").outcomes == {}
+    assert github.comments[-1]["body"] == body
 
-    assert comment(hub, tmp_path, workflow_run(5, "failure")).success  # a run that failed before it had results
-    assert ours(hub)[0]["id"] == made["id"] and "runs/105): failure" in ours(hub)[0]["body"] and "no verdict" in ours(hub)[0]["body"]
-    assert [one["body"] for one in hub.comments if one["id"] < 1003] == ["Nice.", f"{MARKER}\nmine", "Coverage 90 %"]
+    assert run_comment(github, tmp_path, 5, conclusion="failure").success  # it has no results
+    assert [comment["id"] for comment in github.comments] == [*range(1000, 1003), created["id"]]
+    assert github.comments[:-1] == others
+    for text in ("runs/105): failure", "no verdict"):
+        assert text in github.comments[-1]["body"]
 
 
 class Traffic(threading.Thread):
-    """Somebody who asks the service five times a second, all the while; what came back."""
+    """Asks the service five times a second until `ended`; `answers` are statuses and versions."""
 
     def __init__(self, service: Served, items: list[dict]) -> None:
         super().__init__(daemon=True)
-        self.service, self.items, self.answers, self.ended = service, items, [], threading.Event()
+        self.service, self.items = service, items
+        self.answers, self.ended = [], threading.Event()
 
     def run(self) -> None:
         for i in itertools.count():
             if self.ended.wait(0.2):
                 return
             try:
-                status, body, _ = self.service.ask("/predict/", self.items[i % len(self.items)])
+                item = self.items[i % len(self.items)]
+                status, body, _ = self.service.ask("/predict/", item)
                 self.answers.append((status, body["version"] if status == 200 else body))
             except OSError as error:
                 self.answers.append((0, str(error)))
 
 
-@pytest.mark.slow
-def test_whole_loop(hub: GitHub, tmp_path: Path) -> None:
-    """A merge makes the first champion; a pull request is run and commented; its merge is rolled out, after one whose model the service refuses came back out by itself;
-    the traffic drifts, the monitor alarms, the trigger retrains with new rows, and what comes out takes over. Somebody asks all the while, and always gets an answer."""
-    origin, checkout, place = tmp_path / "origin", tmp_path / "checkout", tmp_path / "place"
-    (place / "new").mkdir(parents=True)
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(origin)], check=True)
-    rest, first = stratified_split(pd.read_csv(ROOT / "datasets" / "dataset.csv"), 0.2, seed=0)  # a team that has labelled little so far
-    first.to_csv(origin / "datasets" / "dataset.csv", index=False)
-    gate = origin / "deploy" / "promotion.yaml"
+def create_origin(folder: Path) -> pd.DataFrame:
+    """A repository of a team with few labeled rows, and a lenient gate. Returns the other rows."""
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    table = folder / "datasets" / "dataset.csv"
+    rest, first = stratified_split(pd.read_csv(table), 0.2, seed=0)
+    first.to_csv(table, index=False)
+    gate = folder / "deploy" / "promotion.yaml"
+    strict, lenient = "max_new_behavior_failures: 0", "max_new_behavior_failures: 3"
     text = gate.read_text(encoding="utf-8")
-    gate.write_text(text.replace("max_new_behavior_failures: 0", "max_new_behavior_failures: 3"), encoding="utf-8")  # what a model of 120 rows passes, it passes by luck
-    assert gate.read_text(encoding="utf-8") != text
-    subprocess.run(["git", "-C", str(origin), "-c", "user.name=t", "-c", "user.email=t@example.com", "commit", "--quiet", "--all", "--message", "The first rows"], check=True)
-    secrets = {"MADEWITHML_SHARED": str(place / "shared"), "MADEWITHML_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
+    assert strict in text  # a model of 120 rows passes behavioral tests by luck
+    gate.write_text(text.replace(strict, lenient), encoding="utf-8")
+    author = ("-c", "user.name=t", "-c", "user.email=t@example.com")
+    commit = ("commit", "--quiet", "--all", "--message", "Keep the first rows")
+    subprocess.run(["git", "-C", str(folder), *author, *commit], check=True)
+    return rest
 
-    def merge(number: int, options: str, url: str = "", before: dict | None = None) -> Played:
-        contexts = {"github": {"sha": f"{number:040x}", "run_id": number}, "secrets": secrets, "vars": {"WORKLOADS_OPTIONS": options, "MADEWITHML_URL": url}}
-        played = play("serve.yaml", origin, checkout, hub, {"repository": REPOSITORY}, contexts, before)
-        hub.runs.append({"id": number, "workflow": "serve.yaml", "branch": "main", "event": "push", "status": "completed"})
-        return played
 
-    done = merge(1, "--num-epochs 1 --num-samples 150")
-    assert done.success and done.outcome[ROLL_OUT] == "skipped", done.said
+@pytest.mark.slow
+def test_whole_loop(github: FakeGitHub, tmp_path: Path) -> None:
+    """A champion, a pull request, a rollback, a release, drift and a retrain, under traffic.
 
-    known = pd.read_csv(ROOT / "datasets" / "holdout.csv").fillna("")[["title", "description"]].to_dict("records")
-    strange = pd.read_csv(ROOT / "datasets" / "offtopic.csv").fillna("")
-    options = ("--config", '{"watch_s": 0.5, "log_seconds": 1, "log_text": "keep"}', "--log-dir", str(place / "log"))
-    with serving(Run(place), *options, **secrets, MADEWITHML_STORAGE=str(place / "storage"), PYTHONPATH=str(origin)) as service:
+    A merge makes the first champion. A pull request is run and commented. A merge whose model the
+    service rejects is rolled back; the next one is rolled out. The traffic drifts, the monitor
+    alarms, the trigger retrains with new rows and the new model takes over. No request fails.
+    """
+    origin, checkout, place = (tmp_path / name for name in ("origin", "checkout", "place"))
+    (place / "new").mkdir(parents=True)
+    rest = create_origin(origin)
+    secrets = {"MADEWITHML_SHARED_URI": str(place / "shared"),
+               "MADEWITHML_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
+
+    def merge(number: int, options: str, url: str = "", before: dict | None = None) -> WorkflowRun:
+        contexts = {"github": {"sha": f"{number:040x}", "run_id": number}, "secrets": secrets,
+                    "vars": {"WORKLOADS_OPTIONS": options, "MADEWITHML_URL": url}}
+        event = {"repository": REPOSITORY}
+        run = run_workflow("serve.yaml", origin, checkout, github, event, contexts, before)
+        github.runs.append({"id": number, **MAIN_RUN})
+        return run
+
+    run = merge(1, "--num-epochs 1 --num-samples 150")
+    assert run.success and run.outcomes[ROLL_OUT] == "skipped", run.stdout
+
+    holdout = pd.read_csv(ROOT / "datasets" / "holdout.csv").fillna("")
+    known = holdout[["title", "description"]].to_dict("records")
+    offtopic = pd.read_csv(ROOT / "datasets" / "offtopic.csv").fillna("")
+    config = '{"poll_interval_s": 0.5, "log_flush_interval_s": 1, "log_text": "keep"}'
+    options = ("--config", config, "--log-dir", str(place / "log"))
+    variables = secrets | {"MADEWITHML_STORAGE_DIR": str(place / "storage"), "PYTHONPATH": str(origin)}
+    with serving(Run(place), *options, **variables) as service:
         traffic = Traffic(service, known)
         traffic.start()
 
-        def answers_with(version: int) -> None:
-            about = service.ask("/version")[1]
-            assert about["version"] == version and about["refused"] is None, about
+        def check_version(version: int) -> None:
+            served = service.ask("/version")[1]
+            assert served["version"] == version and served["rejected"] is None, served
 
-        answers_with(1)
-        contexts = {"github": {"run_id": 101, "event_name": "pull_request"}, "vars": {"WORKLOADS_OPTIONS": "--num-epochs 2"}}  # from a fork: no secret
-        done = play("workloads.yaml", origin, checkout, hub, {"pull_request": {"number": 7}, "repository": REPOSITORY}, contexts)
-        assert done.success and done.outcome["Run on the cluster"] == "skipped" and MARKER in done.summary, done.said
-        assert {artifact["name"] for artifact in hub.artifacts if artifact["run"] == 101} == {"results", "report"}
-        assert comment(hub, tmp_path, workflow_run(1), origin).success
-        [made] = ours(hub)
-        assert "| main | difference |" in made["body"] and "would promote" in made["body"] and "against `main`'s champion" in made["body"], made["body"]
-        answers_with(1)
+        check_version(1)
+        contexts = {"github": {"run_id": 101, "event_name": "pull_request"},  # no secrets
+                    "vars": {"WORKLOADS_OPTIONS": "--num-epochs 2"}}
+        event = {"pull_request": {"number": 7}, "repository": REPOSITORY}
+        run = run_workflow("workloads.yaml", origin, checkout, github, event, contexts)
+        assert run.success and run.outcomes["Run on the cluster"] == "skipped", run.stdout
+        assert MARKER in run.summary
+        artifacts = {artifact["name"] for artifact in github.artifacts if artifact["run"] == 101}
+        assert artifacts == {"results", "report"}
+        assert run_comment(github, tmp_path, 1, origin).success
+        for text in ("| main | difference |", "would promote", "against `main`'s champion"):
+            assert text in github.comments[-1]["body"], github.comments[-1]["body"]
+        check_version(1)
 
-        def unseal() -> None:
-            """The gate can read the model as before; the service takes nothing that is not sealed."""
-            run_id = json.loads((checkout / "results" / "main" / "train.json").read_text(encoding="utf-8"))["run_id"]
-            [seal] = place.rglob(f"{run_id}/artifacts/checkpoint/digests.json")
-            seal.unlink()
+        def remove_checksums() -> None:
+            """The gate can read the model as before; the service serves no model without them."""
+            train = json.loads((checkout / "results" / "main" / "train.json").read_text())
+            [checksums] = place.rglob(f"{train['run_id']}/artifacts/checkpoint/digests.json")
+            checksums.unlink()
 
-        done = merge(2, "--num-epochs 2", service.url, {"Promote through the gate": unseal})
-        assert done.outcome["Promote through the gate"] == "success", done.said
-        assert done.outcome[ROLL_OUT] == "failure" and "version 1 answers; refused" in done.said[ROLL_OUT], done.said
-        assert done.outcome["Roll back"] == "success" and not done.success, done.said
-        answers_with(1)
-        done = merge(3, "--num-epochs 2", service.url)
-        assert done.success and done.outcome["Roll back"] == "skipped", done.said
-        answers_with(3)
+        promote = "Promote through the gate"
+        run = merge(2, "--num-epochs 2", service.url, {promote: remove_checksums})
+        assert run.outcomes[promote] == "success", run.stdout
+        assert run.outcomes[ROLL_OUT] == "failure", run.stdout
+        assert "version 1 answers; rejected" in run.stdout[ROLL_OUT]
+        assert run.outcomes["Roll back"] == "success" and not run.success, run.stdout
+        check_version(1)
+        run = merge(3, "--num-epochs 2", service.url)
+        assert run.success and run.outcomes["Roll back"] == "skipped", run.stdout
+        check_version(3)
 
-        def look() -> Played:
-            contexts = {"secrets": secrets, "vars": {"MADEWITHML_LOG_DIR": str(place / "log"), "MADEWITHML_NEW_DATA": str(place / "new")}}
-            return play("monitor.yaml", origin, checkout, hub, {}, contexts)
-
-        def window(items: list[dict]) -> None:
+        def monitor(items: list[dict], *, alarm: bool, decision: str, texts: tuple = ()) -> None:
+            """Sends the items, then checks what the monitor sees and decides."""
             traffic.items = items
-            for begin in (0, 100):
-                assert service.ask("/predict/", items[begin:begin + 100])[0] == 200
-            time.sleep(3)  # written once a second
+            for start in (0, 100):
+                assert service.ask("/predict/", items[start:start + 100])[0] == 200
+            time.sleep(6)  # the log is written once a second, and a new table has to settle
+            variables = {"MADEWITHML_LOG_DIR": str(place / "log"),
+                         "MADEWITHML_NEW_DATA": str(place / "new")}
+            contexts = {"secrets": secrets, "vars": variables}
+            run = run_workflow("monitor.yaml", origin, checkout, github, {}, contexts)
+            assert run.outcomes["Look"] == ("failure" if alarm else "success"), run.stdout
+            assert run.success != alarm, run.stdout
+            assert run.outcomes["Decide"] == "success", run.stdout
+            for text in (f'"decision": "{decision}"', *texts):
+                assert text in run.stdout["Decide"], run.stdout["Decide"]
 
-        window(known[:200])
-        done = look()
-        assert done.success and '"decision": "nothing"' in done.said["Decide"], done.said
-        drifted = [item for i in range(60) for item in (strange.iloc[i].to_dict(), known[2 * i], known[2 * i + 1])] + known[300:320]  # 30 % are of a topic that nobody has seen
-        window(drifted)
-        done = look()
-        assert done.outcome["Look"] == "failure" and '"decision": "nothing"' in done.said["Decide"] and "1 window(s) in a row" in done.said["Decide"], done.said
-        new = pd.concat([rest.sample(600, random_state=0), strange.head(40).assign(id=range(100_000, 100_040), created_on="2026-01-01", tag="other")])
-        new.to_csv(place / "new" / "labelled.csv", index=False)
-        window(drifted)
-        time.sleep(3)  # the file has settled
-        done = look()
-        assert done.outcome["Look"] == "failure" and done.outcome["Decide"] == "success", done.said
-        for said in ("2 window(s) in a row", '"decision": "retrain"', "drift", "Version 4 is the champion"):
-            assert said in done.said["Decide"], done.said["Decide"]
+        monitor(known[:200], alarm=False, decision="nothing")
+        triples = [(offtopic.iloc[i].to_dict(), *known[2 * i:2 * i + 2]) for i in range(60)]
+        drifted = [*itertools.chain(*triples), *known[300:320]]  # 30 % are of a new topic
+        texts = ("1 consecutive window(s)",)
+        monitor(drifted, alarm=True, decision="nothing", texts=texts)
+        labeled = offtopic.head(40).assign(
+            id=range(100_000, 100_040), created_on="2026-01-01", tag="other")
+        new_rows = pd.concat([rest.sample(600, random_state=0), labeled])
+        new_rows.to_csv(place / "new" / "labeled.csv", index=False)
+        texts = ("2 consecutive window(s)", "drift", "Version 4 is the champion")
+        monitor(drifted, alarm=True, decision="retrain", texts=texts)
         time.sleep(5)
-        answers_with(4)
+        check_version(4)
         traffic.ended.set()
         traffic.join()
-        after = [one["prediction"] for one in service.ask("/predict/", strange.tail(20).to_dict("records"))[1]["results"]]
-    assert {status for status, _ in traffic.answers} == {200}, [answer for answer in traffic.answers if answer[0] != 200][:5]
-    assert [version for version, _ in itertools.groupby(version for _, version in traffic.answers)] == [1, 3, 4]
-    assert after.count("other") >= 15, after  # it has learned the new topic from the others' labels
+        items = offtopic.tail(20).to_dict("records")
+        predictions = service.ask("/predict/", items)[1]["results"]
+    failed = [answer for answer in traffic.answers if answer[0] != 200]
+    assert traffic.answers and not failed, failed[:5]
+    versions = itertools.groupby(version for _, version in traffic.answers)
+    assert [version for version, _ in versions] == [1, 3, 4]
+    others = [prediction["prediction"] for prediction in predictions].count("other")
+    assert others >= 15, predictions  # the other rows of the topic have taught it
     print(f"{len(traffic.answers)} requests, all answered, by versions 1, 3 and 4")
