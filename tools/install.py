@@ -1,4 +1,6 @@
-"""Makes the virtual environment from `requirements.lock`, or renews the lock. Needs nothing but Python."""
+"""Makes the virtual environment, adds an extra of `settings.ini` to it, or renews `requirements.lock`, which fixes every version.
+
+Needs nothing but Python."""
 import argparse
 import json
 import shutil
@@ -6,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from configparser import ConfigParser
+from configparser import ConfigParser, SectionProxy
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +19,10 @@ def pip(python: Path, *args: str) -> None:
     subprocess.run([str(python), "-m", "pip", "--disable-pip-version-check", *args], check=True)
 
 
+def get_python(folder: Path) -> Path:
+    return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+
+
 def make_venv(folder: Path) -> Path:
     """An empty virtual environment; returns its Python."""
     if sys.version_info < (3, 11):
@@ -24,7 +30,7 @@ def make_venv(folder: Path) -> Path:
     if folder.is_symlink():
         folder.unlink()  # clearing it would empty what it points at
     venv.create(folder, with_pip=True, clear=True)
-    return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    return get_python(folder)
 
 
 def install_torch(python: Path, requirement: str, backend: str) -> None:
@@ -44,22 +50,35 @@ def install_torch(python: Path, requirement: str, backend: str) -> None:
         print(f"The {chosen} build of torch cannot be reached from here; taking pip's default.", file=sys.stderr)
 
 
+def read_settings() -> SectionProxy:
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
 def install(folder: Path, backend: str) -> None:
-    """The environment of the lock, and this package in editable form."""
-    print(f"Installing into {folder} (once; a few minutes).", flush=True)
+    """The packages that a run needs, and this package in editable form."""
+    print(f"Installing what a run needs into {folder} (once; a few minutes).", flush=True)
     python = make_venv(folder)
-    requirements = LOCK.read_text(encoding="utf-8").splitlines()
-    install_torch(python, next(line for line in requirements if line.startswith("torch==")), backend)
-    pip(python, "install", "-qq", "-r", str(LOCK))
-    pip(python, "install", "-qq", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
+    pins = LOCK.read_text(encoding="utf-8").splitlines()
+    install_torch(python, next(pin for pin in pins if pin.startswith("torch==")), backend)
+    pip(python, "install", "-qq", "-c", str(LOCK), "setuptools", "wheel")
+    pip(python, "install", "-qq", "-c", str(LOCK), "--no-build-isolation", "--editable", str(ROOT))
+
+
+def add_extra(folder: Path, extra: str) -> None:
+    """The further packages of an extra."""
+    print(f"Installing what `{extra}` needs into {folder} (once).", flush=True)
+    pip(get_python(folder), "install", "-qq", "-c", str(LOCK), *read_settings()[f"{extra}_requirements"].split())
 
 
 def lock() -> None:
     """Resolves settings.ini anew and pins what the oldest Python that it names can install."""
-    config = ConfigParser(delimiters=["="])
-    config.read(ROOT / "settings.ini", encoding="utf-8")
-    settings = config["DEFAULT"]
-    wanted = ["setuptools>=77", "wheel", *settings["requirements"].split(), *settings["dev_requirements"].split()]
+    settings = read_settings()
+    wanted = ["setuptools>=77", "wheel"]
+    for name in settings:
+        if name.endswith("requirements"):
+            wanted += settings[name].split()
     with tempfile.TemporaryDirectory() as folder:
         python = make_venv(Path(folder) / "venv")
         pip(python, "install", "-qq", "--upgrade", "pip")
@@ -77,9 +96,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("venv", nargs="?", default=str(ROOT / ".venv"))
     parser.add_argument("--torch-backend", default="auto", help="auto, cpu or a CUDA version such as cu128")
+    parser.add_argument("--extra", help="add what this extra of settings.ini needs")
     parser.add_argument("--lock", action="store_true", help="renew requirements.lock")
     options = parser.parse_args()
     try:
-        lock() if options.lock else install(Path(options.venv), options.torch_backend)
+        if options.lock:
+            lock()
+        elif options.extra:
+            add_extra(Path(options.venv), options.extra)
+        else:
+            install(Path(options.venv), options.torch_backend)
     except subprocess.CalledProcessError as error:
         sys.exit(f"Installing failed: {' '.join(map(str, error.cmd[:6]))} … ended with {error.returncode}.")
