@@ -1,4 +1,5 @@
 """Sphinx's configuration. `tools/docs.py` lays out the pages and calls Sphinx; nothing here asks another host."""
+import importlib
 import inspect
 import json
 import os
@@ -17,6 +18,8 @@ from sphinx.util.nodes import make_refnode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MPLBACKEND", "agg")
+for path in sorted((ROOT / "madewithml").glob("[!_]*.py")):
+    importlib.import_module(f"madewithml.{path.stem}")  # once, not in each process of Sphinx
 
 settings = ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf-8")
@@ -32,7 +35,7 @@ extensions = [
     "sphinx.ext.githubpages",  # GitHub serves `_static`, too
 ]
 root_doc = "index"
-exclude_patterns = ["**/.ipynb_checkpoints", "nbs/index.ipynb"]
+exclude_patterns = ["**/.ipynb_checkpoints", "nbs/index.ipynb", "README.md", ".github"]
 default_role = "code"
 
 autodoc_typehints = "description"
@@ -104,8 +107,8 @@ def mark_definitions(app: Sphinx, doctree: nodes.document) -> None:
 
 def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
     """Address of the notebook's cell that defines a name of the reference."""
-    module = sys.modules[info["module"]]
-    notebook = re.search(r"File to edit: \.\./(.*)\.ipynb", inspect.getsource(module))[1]
+    module = (ROOT / info["module"].replace(".", "/")).with_suffix(".py")
+    notebook = re.search(r"File to edit: \.\./(.*)\.ipynb", module.read_text(encoding="utf-8"))[1]
     return f"../{notebook}.html#code-{info['fullname'].split('.')[0]}"
 
 

@@ -80,6 +80,7 @@ def reference_page(module: Path) -> str:
     entries = "\n".join(reference_entry(name, nodes[name], source.split("\n")) for name in exported)
     title = f"madewithml.{module.stem}"
     return (f"{title}\n{'=' * len(title)}\n\n.. automodule:: {title}\n   :no-members:\n\n"
+            f".. py:currentmodule:: {title}\n\n"
             f"Exported from the notebook :doc:`/nbs/{notebook}`.\n\n{entries}")
 
 

@@ -60,9 +60,9 @@ def install(folder: Path, backend: str) -> None:
     """The packages that a run needs, and this package in editable form."""
     print(f"Installing what a run needs into {folder} (once; a few minutes).", flush=True)
     python = make_venv(folder)
+    pip(python, "install", "-qq", "-c", str(LOCK), "setuptools", "wheel")
     pins = LOCK.read_text(encoding="utf-8").splitlines()
     install_torch(python, next(pin for pin in pins if pin.startswith("torch==")), backend)
-    pip(python, "install", "-qq", "-c", str(LOCK), "setuptools", "wheel")
     pip(python, "install", "-qq", "-c", str(LOCK), "--no-build-isolation", "--editable", str(ROOT))
 
 
