@@ -38,6 +38,7 @@ root_doc = "index"
 exclude_patterns = ["**/.ipynb_checkpoints", "nbs/index.ipynb", "README.md", ".github"]
 default_role = "code"
 
+autodoc_default_options = {"exclude-members": "model_config"}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "all"
 autodoc_preserve_defaults = True
@@ -159,8 +160,8 @@ def short_signature(app: Sphinx, what: str, name: str, value: Any, *_: Any) -> t
 def link_names(app: Sphinx, doctree: nodes.document, page: str) -> None:
     """Links `names` of the package in prose to the reference, where they are unambiguous."""
     found: dict[str, list[tuple[str, str]]] = {}
-    for full, _, kind, home, anchor, _ in app.env.domains["py"].get_objects():
-        if full.count(".") == 2 and kind != "module":
+    for full, _, _, home, anchor, _ in app.env.domains["py"].get_objects():
+        if full.count(".") == 2 and not full.startswith("madewithml.cli."):  # words like `train`
             found.setdefault(full.split(".")[2], []).append((home, anchor))
     for literal in list(doctree.findall(nodes.literal)):
         places = found.get(literal.astext().removesuffix("()"), [])

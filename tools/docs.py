@@ -17,6 +17,9 @@ COPIED = [
     "nbs", "docs", "deploy", "datasets", ".github",
     *(path.name for path in ROOT.glob("[A-Z]*.md")), "LICENSE", "requirements.lock",
 ]
+EXIT_CODES = (
+    "Exit codes: 0 success; 1 a failed check; 2 a user's mistake, in one line; 130 interrupted.\n\n"
+)
 LINES = 15  # of a constant in the reference; the rest is cut
 
 
@@ -42,7 +45,9 @@ def commands_page() -> str:
     from madewithml.cli import app
     command = get_command(app)
     context = command.context_class(command, info_name="madewithml")
-    return get_docs_for_click(obj=command, ctx=context, name="madewithml")
+    text = get_docs_for_click(obj=command, ctx=context, name="madewithml")
+    text = re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+\n", "", text)  # sentences that are cut off
+    return text.replace("**Usage**", EXIT_CODES + "**Usage**", 1)
 
 
 def targets_page() -> str:
@@ -78,10 +83,17 @@ def reference_page(module: Path) -> str:
             nodes[getattr(target, "id", getattr(target, "name", ""))] = node
     exported = [name for name in ast.literal_eval(nodes["__all__"].value) if name in nodes]
     entries = "\n".join(reference_entry(name, nodes[name], source.split("\n")) for name in exported)
-    title = f"madewithml.{module.stem}"
-    return (f"{title}\n{'=' * len(title)}\n\n.. automodule:: {title}\n   :no-members:\n\n"
-            f".. py:currentmodule:: {title}\n\n"
-            f"Exported from the notebook :doc:`/nbs/{notebook}`.\n\n{entries}")
+    name = module.stem
+    return f"""{name}
+{"=" * len(name)}
+
+.. automodule:: madewithml.{name}
+   :no-members:
+.. py:currentmodule:: madewithml.{name}
+
+Module ``madewithml.{name}``, exported from the notebook :doc:`/nbs/{notebook}`.
+
+{entries}"""
 
 
 def stage() -> None:
