@@ -302,6 +302,8 @@ def test_every_exported_name_is_in_the_reference(site: Path) -> None:
                 assert f"ref-{path.stem}-{case}{node.name}".lower().replace("_", "-") in ids, f"{path.stem}.{node.name}"
             if isinstance(node, ast.FunctionDef) and node.name in exported:
                 for argument in [*node.args.args, *node.args.kwonlyargs]:
+                    if path.stem == "cli" and ast.unparse(argument.annotation).endswith(("Options", "ServeConfig")):
+                        continue  # the command's options are made from the fields of this model
                     comment = comments.get(argument.end_lineno, "") if argument.lineno != node.lineno else ""
                     plain = " ".join(re.sub(r"<", "&lt;", comment.replace("`", "").replace("&", "&amp;")).replace(">", "&gt;").split())
                     assert argument.arg in text and (plain in text or "'" in plain or '"' in plain or "*" in plain), f"{path.stem}.{node.name}: {argument.arg} # {plain}"
