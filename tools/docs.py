@@ -112,6 +112,9 @@ def stage() -> None:
     for path in (STAGE / "reference").iterdir():
         if path not in written:
             path.unlink()  # of a module that was removed
+    for page in SITE.glob("[!_]*/**/*.html"):
+        if not list(STAGE.glob(f"{page.relative_to(SITE).with_suffix('')}.*")):
+            page.unlink()  # of a page that was removed
 
 
 if __name__ == "__main__":
