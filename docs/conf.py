@@ -12,8 +12,10 @@ from typing import Any
 from docutils import nodes
 from fastcore.docments import docments
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from sphinx.application import Sphinx
 from sphinx.util.nodes import make_refnode
+from sphinx.util.typing import stringify_annotation
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,7 +42,7 @@ default_role = "code"
 
 autodoc_default_options = {"exclude-members": "model_config"}
 autodoc_typehints = "description"
-autodoc_typehints_description_target = "all"
+autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
 add_module_names = False
 python_use_unqualified_type_names = True
@@ -115,46 +117,62 @@ def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
 
 # ---- reference -------------------------------------------------------------------------------
 
-SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤"}
+SIGNS = {
+    "ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤",
+}
 
 
-def describe_field(field: Any, comment: str) -> str:
-    """What a field of pydantic is, with its default and range."""
-    notes = [] if field.is_required() or field.default_factory else [f"default `{field.default!r}`"]
+def describe_field(name: str, field: FieldInfo, comment: str) -> list[str]:
+    """What a field of pydantic is, with its default and range, and its type."""
+    notes = []
+    if not field.is_required() and not field.default_factory:
+        notes.append(f"default `{field.default!r}`")
     for mark in field.metadata:
-        notes += [f"{sign} {getattr(mark, name)}" for name, sign in SIGNS.items() if hasattr(mark, name)]
-    return (field.description or comment) + (f" ({', '.join(notes)})" if notes else "")
+        bounds = {sign: getattr(mark, bound, None) for bound, sign in SIGNS.items()}
+        notes += [f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None]
+    text = (field.description or comment) + (f" ({', '.join(notes)})" if notes else "")
+    return [f":param {name}: {text}", f":type {name}: {stringify_annotation(field.annotation, 'smart')}"]
 
 
-def describe_parameters(value: Any) -> dict[str, str]:
-    """The comment beside each parameter of a function, or field of a class, in the code."""
-    if inspect.isclass(value) and issubclass(value, BaseModel):
-        comments = {}
-        for base in reversed(value.__mro__):
-            if base.__module__.startswith("madewithml."):
-                comments |= docments(base)
-        return {name: describe_field(field, comments.get(name) or "") for name, field in value.model_fields.items()}
-    comments = {name: comment for name, comment in docments(value).items() if comment}
+def describe_model(model: type[BaseModel]) -> list[str]:
+    """The fields of a class of pydantic, with the comments beside them or their descriptions."""
+    comments = {}
+    for base in reversed(model.__mro__):
+        if base.__module__.startswith("madewithml."):
+            comments |= docments(base)
+    fields = model.model_fields.items()
+    return [line for name, field in fields for line in describe_field(name, field, comments.get(name) or "")]
+
+
+def describe_parameters(value: Any) -> list[str]:
+    """The parameters of a function or class, with the comment beside each in the code."""
+    comments = docments(value)
     function = value.__init__ if inspect.isclass(value) else value
     last = list(inspect.signature(function).parameters.values())[-1:]
-    if last and last[0].kind is last[0].VAR_KEYWORD and "return" in comments:
-        comments[last[0].name] = comments["return"]  # fastcore takes its comment for that of the result
-    return {name: comment for name, comment in comments.items() if name != "return"}
+    if last and last[0].kind is last[0].VAR_KEYWORD:
+        comments[last[0].name] = comments.get("return")  # fastcore takes its comment for that of the result
+    return [f":param {name}: {' '.join((comment or '').split())}"
+            for name, comment in comments.items() if name not in ("self", "cls", "return")]
+
+
+def is_model(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, BaseModel)
 
 
 def write_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Markdown to reStructuredText, and what the code says of each parameter."""
     if what in ("class", "exception", "function", "method"):
-        lines += [f":param {name}: {' '.join(text.split())}" for name, text in describe_parameters(value).items()]
+        lines += ["", *(describe_model(value) if is_model(value) else describe_parameters(value))]
     for i, line in enumerate(lines):
-        parts = re.split(r"(`[^`]+`)", line)
+        parts = re.split(r"(`[^`]+`|^:\w+ \w+:)", line)
         parts[::2] = [re.sub(r"([\\*|_])", r"\\\1", part) for part in parts[::2]]
-        lines[i] = "".join(parts)
+        if not line.startswith(":type"):
+            lines[i] = "".join(parts)
 
 
 def short_signature(app: Sphinx, what: str, name: str, value: Any, *_: Any) -> tuple[str, str] | None:
     """No signature for a class of pydantic: its fields stand below."""
-    return ("", "") if inspect.isclass(value) and issubclass(value, BaseModel) else None
+    return ("", "") if is_model(value) else None
 
 
 def link_names(app: Sphinx, doctree: nodes.document, page: str) -> None:

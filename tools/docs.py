@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from textwrap import indent
 
 from sphinx.cmd.build import main as sphinx
 from typer.cli import get_docs_for_click
@@ -62,14 +63,15 @@ def reference_entry(name: str, node: ast.stmt, source: list[str]) -> str:
     """The directive for an exported name: autodoc's, or the code of a constant."""
     decorators = [ast.unparse(decorator) for decorator in getattr(node, "decorator_list", [])]
     if any(re.search(r"\.(command|deployment)\b", decorator) for decorator in decorators):
-        return f".. py:function:: {name}\n\n   {ast.get_docstring(node)}\n"  # no longer what it was
+        kind = "class" if isinstance(node, ast.ClassDef) else "function"
+        return f".. py:{kind}:: {name}\n\n{indent(ast.get_docstring(node), '   ')}\n"
     if isinstance(node, ast.ClassDef):
         return f".. autoclass:: {name}\n   :members:\n"
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         return f".. autofunction:: {name}\n"
     lines = source[node.lineno - 1 : node.end_lineno]
     lines = lines if len(lines) <= LINES else [*lines[:LINES], "…"]
-    code = "\n".join(f"      {line}" for line in lines)
+    code = indent("\n".join(lines), " " * 6)
     return f".. py:data:: {name}\n\n   .. code-block:: python\n\n{code}\n"
 
 
