@@ -30,7 +30,7 @@ class Loop:
         self.new.mkdir()
         (folder / "policy.yaml").write_text(yaml.safe_dump({"min_file_age_s": 0} | policy))
         # Both versions are of one size: what else runs on the machine is no reason. And what a champion of 300 rows passes of the behavior tests, it passes by luck.
-        (folder / "promotion.yaml").write_text("max_p99_latency_ratio: 10\nmax_p50_ratio: 10\nmax_p99_ms: 1000\nmax_new_behavior_failures: 3")
+        (folder / "promotion.yaml").write_text("max_p99_latency_ratio: 10\nmax_p50_latency_ratio: 10\nmax_p99_ms: 1000\nmax_new_behavior_failures: 3")
         self.args = ["--policy", "policy.yaml", "--new-data", "new", "--promotion-policy", "promotion.yaml", "--dataset-loc", str(root), "--holdout-loc", HOLDOUT]
 
     def come(self, rows: pd.DataFrame, name: str = "batch.csv") -> None:
