@@ -1,4 +1,6 @@
-"""Sphinx's configuration. `tools/docs.py` lays out the pages and calls Sphinx; nothing here asks another host."""
+"""Sphinx's configuration, with hooks for notebooks and the reference. No page asks another host.
+
+`tools/docs.py` lays out the pages and calls Sphinx."""
 import importlib
 import inspect
 import json
@@ -39,6 +41,7 @@ extensions = [
 root_doc = "index"
 exclude_patterns = ["**/.ipynb_checkpoints", "nbs/index.ipynb", "README.md", ".github"]
 default_role = "code"
+smartquotes_action = "qe"  # no dashes: --seed is an option
 
 autodoc_default_options = {"exclude-members": "model_config"}
 autodoc_typehints = "description"
@@ -125,13 +128,15 @@ SIGNS = {
 def describe_field(name: str, field: FieldInfo, comment: str) -> list[str]:
     """What a field of pydantic is, with its default and range, and its type."""
     notes = []
-    if not field.is_required() and not field.default_factory:
+    if isinstance(field.default, str | int | float | tuple | Path):  # not None, nor another model
         notes.append(f"default `{field.default!r}`")
     for mark in field.metadata:
         bounds = {sign: getattr(mark, bound, None) for bound, sign in SIGNS.items()}
         notes += [f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None]
     text = (field.description or comment) + (f" ({', '.join(notes)})" if notes else "")
-    return [f":param {name}: {text}", f":type {name}: {stringify_annotation(field.annotation, 'smart')}"]
+    kind = stringify_annotation(field.annotation, "smart")
+    kind = re.sub(r"Annotated\[([^,]+), FieldInfo\(.*?\]\)\]", r"\1", kind)  # its range is a note
+    return [f":param {name}: {text}", f":type {name}: {kind}"]
 
 
 def describe_model(model: type[BaseModel]) -> list[str]:
@@ -140,8 +145,8 @@ def describe_model(model: type[BaseModel]) -> list[str]:
     for base in reversed(model.__mro__):
         if base.__module__.startswith("madewithml."):
             comments |= docments(base)
-    fields = model.model_fields.items()
-    return [line for name, field in fields for line in describe_field(name, field, comments.get(name) or "")]
+    return [line for name, field in model.model_fields.items()
+            for line in describe_field(name, field, comments.get(name) or "")]
 
 
 def describe_parameters(value: Any) -> list[str]:
@@ -150,7 +155,7 @@ def describe_parameters(value: Any) -> list[str]:
     function = value.__init__ if inspect.isclass(value) else value
     last = list(inspect.signature(function).parameters.values())[-1:]
     if last and last[0].kind is last[0].VAR_KEYWORD:
-        comments[last[0].name] = comments.get("return")  # fastcore takes its comment for that of the result
+        comments[last[0].name] = comments.get("return")  # where fastcore puts its comment
     return [f":param {name}: {' '.join((comment or '').split())}"
             for name, comment in comments.items() if name not in ("self", "cls", "return")]
 
@@ -159,7 +164,9 @@ def is_model(value: Any) -> bool:
     return inspect.isclass(value) and issubclass(value, BaseModel)
 
 
-def write_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+def write_docstring(
+    app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str],
+) -> None:
     """Markdown to reStructuredText, and what the code says of each parameter."""
     if what in ("class", "exception", "function", "method"):
         lines += ["", *(describe_model(value) if is_model(value) else describe_parameters(value))]
@@ -170,7 +177,9 @@ def write_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any,
             lines[i] = "".join(parts)
 
 
-def short_signature(app: Sphinx, what: str, name: str, value: Any, *_: Any) -> tuple[str, str] | None:
+def short_signature(
+    app: Sphinx, what: str, name: str, value: Any, *_: Any,
+) -> tuple[str, str] | None:
     """No signature for a class of pydantic: its fields stand below."""
     return ("", "") if is_model(value) else None
 
