@@ -1,8 +1,10 @@
-# Everything a person or a machine runs starts here. Each target makes what it needs; `.venv` is made anew when the lock changes.
+# Everything a person or a machine runs starts here. Each target installs what it needs: the packages of a run, and the
+# extras of settings.ini that it uses. A file in `.venv` marks each; a change of the lock starts a new environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXTRAS := dev docs lint load
 # cpu, auto or a CUDA version such as cu128: which build of torch a Linux machine without a local one gets (see README).
 TORCH_BACKEND ?= auto
 export HF_HUB_OFFLINE ?= 1
@@ -14,63 +16,69 @@ export MLFLOW_DISABLE_TELEMETRY := true
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
 
-install: $(STAMP) ## make .venv with every package the lock names
+.NOTPARALLEL:  # two installations into one environment
+
+install: $(EXTRAS:%=$(STAMP)-%) ## make .venv with every package of the lock; the targets below install only what they need
 
 $(STAMP): requirements.lock settings.ini setup.py pyproject.toml tools/install.py
 	@$(PYTHON) tools/install.py $(VENV) --torch-backend $(TORCH_BACKEND)
-	@touch $(STAMP)
+	@touch $@
 
-run: install ## the main job: validate, train, evaluate, predict, register, report
+$(STAMP)-%: $(STAMP)
+	@$(PYTHON) tools/install.py $(VENV) --extra $*
+	@touch $@
+
+run: $(STAMP) ## the main job: validate, train, evaluate, predict, register, report
 	@$(BIN)/madewithml run
 
-lint: install ## style, types and spelling of the code, notebooks in sync with the modules and clean
+lint: $(STAMP)-dev $(STAMP)-lint ## style, types and spelling of the code, notebooks in sync with the modules and clean
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --baseline tools/types.json
 	@$(BIN)/codespell
 	@$(BIN)/python tools/check.py
 
-nb: install ## the tests of one notebook: make nb NB=24_train
+nb: $(STAMP)-dev ## the tests of one notebook: make nb NB=24_train
 	@$(BIN)/python tools/check.py --notebook "$(NB)"
 
-outputs: install ## execute the fast notebooks and name outputs that are no longer of the committed kind; OPTIONS=--write stores them
+outputs: $(STAMP)-dev ## execute the fast notebooks and name outputs that are no longer of the committed kind; OPTIONS=--write stores them
 	@$(BIN)/python tools/outputs.py $(OPTIONS) $(NB:%=nbs/%.ipynb)
 
-test: lint ## everything that must hold: lint, the notebooks' tests, pytest
+test: lint $(STAMP)-docs ## everything that must hold: lint, the notebooks' tests, pytest
 	@$(BIN)/python tools/check.py --run
 	@$(BIN)/python -m pytest -m "not slow and not fault and not load"
 
-test-slow: install ## what takes minutes: a killed run, the wheel, a cluster, cells marked slow
+test-slow: $(STAMP)-dev $(STAMP)-docs $(STAMP)-lint ## what takes minutes: a killed run, the wheel, a cluster, cells marked slow
 	@$(BIN)/python tools/check.py --slow
 	@$(BIN)/python -m pytest -m slow
 
-test-faults: install ## kill workers, nodes and drivers of a cluster at many points; half an hour
+test-faults: $(STAMP)-dev ## kill workers, nodes and drivers of a cluster at many points; half an hour
 	@$(BIN)/python -m pytest -m fault tests/system/test_faults.py
 
-test-load: install ## the service under load, killed and overloaded; three quarters of an hour, on a machine that does nothing else
+test-load: $(STAMP)-dev $(STAMP)-load ## the service under load, killed and overloaded; three quarters of an hour, on a machine that does nothing else
 	@$(BIN)/python -m pytest -s -m load
 
-serve: install ## serve the champion on port 8000 until Ctrl-C (after `make run` and `madewithml promote`)
+serve: $(STAMP) ## serve the champion on port 8000 until Ctrl-C (after `make run` and `madewithml promote`)
 	@$(BIN)/madewithml serve
 
-docs: install ## build the site into _docs/
+docs: $(STAMP)-docs ## build the site into _docs/
 	@$(BIN)/python tools/docs.py
 
 docs-serve: docs ## build the site and show it on a free port of this machine until Ctrl-C
-	@$(BIN)/python tools/docs.py --serve
+	@$(BIN)/python -m http.server --bind 127.0.0.1 --directory _docs 0
 
 lab: export JUPYTER_CONFIG_PATH := $(CURDIR)/tools/lab
 lab: export JUPYTERLAB_WORKSPACES_DIR := $(CURDIR)/$(VENV)/lab-workspaces
-lab: install ## open JupyterLab in nbs/, the first time with the table of contents and index.ipynb
+lab: $(STAMP)-dev ## open JupyterLab in nbs/, the first time with the table of contents and index.ipynb
 	@test -d $(VENV)/lab-workspaces || $(BIN)/jupyter lab workspaces import tools/lab/workspace.json >/dev/null
 	@cd nbs && ../$(BIN)/jupyter lab $(LAB_OPTIONS)
 
-export: install ## write madewithml/ from the notebooks, clean them, and make README.md
+export: $(STAMP)-dev ## write madewithml/ from the notebooks, clean them, and make README.md
 	@$(BIN)/python tools/check.py --fix
 
 lock: ## renew requirements.lock from settings.ini
 	@$(PYTHON) tools/install.py --lock
 
-dist: install ## build the wheel into dist/
+dist: $(STAMP)-dev ## build the wheel into dist/
 	@$(BIN)/python -m build --wheel --no-isolation
 
 # What a tag starts (.github/workflows/release.yaml). The tag must be the version's.

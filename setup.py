@@ -8,6 +8,7 @@ root = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(root / "settings.ini", encoding="utf-8")
 settings = config["DEFAULT"]
+extras = [name.removesuffix("_requirements") for name in settings if name.endswith("_requirements")]
 # A markdown README is generated from nbs/index.ipynb; links in it are relative to the repository.
 long_description = (root / "README.md").read_text(encoding="utf-8")
 
@@ -28,7 +29,7 @@ setup(
     package_data={"madewithml": ["static/*", "scripts/*", "py.typed"], "madewithml.workloads": ["*.ipynb"], "madewithml.datasets": ["*.csv", "*.md"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split(), "s3": ["boto3>=1.35"]},
+    extras_require={name: settings[f"{name}_requirements"].split() for name in extras},
     entry_points={"console_scripts": settings["console_scripts"].split("\n")},
     zip_safe=False,
 )

@@ -1,4 +1,4 @@
-"""The site and what it tells: it builds without a warning, its links hold, a browser reads it offline, and the how-tos' samples run."""
+"""The site builds without a warning, its links hold, it opens offline, and its samples run."""
 import ast
 import configparser
 import contextlib
@@ -13,6 +13,7 @@ import sys
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -31,18 +32,23 @@ from madewithml.pipeline import parse_parameters
 from ..conftest import ROOT, Run, get_clean_env, is_running
 
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
-SAMPLES = [*HOW_TO, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "deploy/README.md", "deploy/kuberay/README.md", "docs/notebooks.md"))]
+OTHERS = ["README.md", "CONTRIBUTING.md", "deploy/README.md", "deploy/kuberay/README.md",
+          "docs/notebooks.md"]
+SAMPLES = [*HOW_TO, *(ROOT / name for name in OTHERS)]
 BIN = Path(sys.executable).parent
+MODULES = sorted((ROOT / "madewithml").glob("[!_]*.py"))
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
+# ---- samples --------------------------------------------------------------------------------
 
 @dataclass
 class Block:
     """A sample of a page, and what the comment in front of it says of its test.
 
-    `<!-- test: slow -->` takes long, `serve` runs until the page ends, `exit 2` ends so, `check, why` is not run here: commands and options are looked up.
-    `<!-- file: NAME -->` is written to that file. A `text` block without one shows lines that the block before must print; … stands for anything."""
+    `<!-- test: slow -->` takes long, `serve` runs until the page ends, `exit 2` ends so.
+    `check, why` is not run here; its commands and options are looked up.
+    `<!-- file: NAME -->` is written to that file. A `text` block without one shows lines that
+    the block before must print; … stands for anything."""
 
     page: Path
     line: int
@@ -79,10 +85,11 @@ def slow(page: Path) -> bool:
 
 
 def commands(text: str) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Each simple command of a shell script: what it sets for itself, and its words; also of the commands inside `$(…)`."""
+    """Each simple command of a script, also inside `$(…)`: what it sets for itself, its words."""
     nested = re.findall(r"\$\(([^()]*)\)", text)
     for part in [re.sub(r"\$\([^()]*\)", "SUBSTITUTED", text), *nested]:
-        lexer = shlex.shlex(part.replace("\\\n", " ").replace("\n", "\n; "), posix=True, punctuation_chars="|&;<>")
+        line = part.replace("\\\n", " ").replace("\n", "\n; ")
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
         lexer.whitespace_split = True  # `#` still begins a comment
         command: list[str] = []
         for word in [*lexer, ";"]:
@@ -92,12 +99,39 @@ def commands(text: str) -> Iterator[tuple[dict[str, str], list[str]]]:
             if command and command[0] == "export":
                 command.pop(0)
             sets = {}
-            while command and (setting := re.fullmatch(r"([A-Za-z_]\w*)=(.*)", command[0], flags=re.S)):
-                sets[setting[1]] = setting[2]
-                command.pop(0)
+            while command and re.match(r"[A-Za-z_]\w*=", command[0]):
+                name, _, value = command.pop(0).partition("=")
+                sets[name] = value
             if command or sets:
                 yield sets, command
             command = []
+
+
+def check_cli(words: list[str]) -> None:
+    """The command and its options exist, also those that it passes on to a workload."""
+    name, *options = words
+    command = typer.main.get_command(app)
+    run = command.commands["run"]
+    while hasattr(command, "commands"):
+        assert options and options[0] in command.commands, words
+        command = command.commands[options[0]]
+        name = f"{name} {options.pop(0)}"
+    parsed = command.make_context(name, list(options)).params  # raises for a wrong option or value
+    if "args" in parsed:
+        workload = parsed.get("name", parsed.get("workload"))
+        passed_on = [word for word in parsed["args"] or [] if word != "--"]
+        if workload == "run":
+            run.make_context("madewithml run", passed_on)
+        else:
+            parse_parameters(workload, passed_on)
+
+
+def check_papermill(args: list[str]) -> None:
+    """The notebook has these parameters."""
+    cells = nbformat.read(ROOT / args[0], as_version=4).cells
+    cell = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    known = set(re.findall(r"^(\w+) =", cell.source, flags=re.M))
+    assert {args[i + 1] for i, arg in enumerate(args) if arg == "-p"} <= known, args
 
 
 def check_command(sets: dict[str, str], words: list[str]) -> None:
@@ -107,27 +141,14 @@ def check_command(sets: dict[str, str], words: list[str]) -> None:
             assert name.removeprefix("MADEWITHML_").lower() in Settings.model_fields, name
     if not words:
         return
-    program, *args = words
-    if ">" in args:
-        args = args[:args.index(">")]
+    program, *args = words[:words.index(">")] if ">" in words else words
     if program == "madewithml":
-        command, name, options = typer.main.get_command(app), program, args
-        while hasattr(command, "commands"):
-            assert options and options[0] in command.commands, words
-            name, command, options = f"{name} {options[0]}", command.commands[options[0]], options[1:]
-        parsed = command.make_context(name, list(options)).params  # raises where an option is unknown or has no such value
-        if "args" in parsed and parsed.get("name", parsed.get("workload")) != "run":
-            parse_parameters(parsed.get("name", parsed.get("workload")), [word for word in parsed["args"] or [] if word != "--"])
-        elif "args" in parsed:
-            command = typer.main.get_command(app).commands["run"]
-            command.make_context("madewithml run", [word for word in parsed["args"] or [] if word != "--"])
+        check_cli([program, *args])
     elif program == "make":
         targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
         assert {arg for arg in args if "=" not in arg} <= targets, words
     elif program == "papermill":
-        notebook = nbformat.read(ROOT / args[0], as_version=4)
-        cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-        assert {args[i + 1] for i, arg in enumerate(args) if arg == "-p"} <= set(re.findall(r"^(\w+) =", cell.source, flags=re.M)), words
+        check_papermill(args)
     for arg in args:
         if arg.startswith("deploy/") and not arg.endswith("/"):
             assert (ROOT / arg).exists(), words
@@ -135,7 +156,7 @@ def check_command(sets: dict[str, str], words: list[str]) -> None:
 
 @pytest.mark.parametrize("page", SAMPLES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_samples_are_well_formed(page: Path) -> None:
-    """Every command, option and setting that a page names exists, also where the test does not run it; Python and YAML parse."""
+    """Every command, option and setting of a page exists, run or not; Python and YAML parse."""
     for block in blocks(page):
         if block.language == "python":
             compile(block.text, str(block), "exec")
@@ -147,30 +168,36 @@ def test_samples_are_well_formed(page: Path) -> None:
                 check_command(sets, words)
 
 
-@pytest.mark.parametrize("text", ["madewithml trane", "madewithml train --dataset-loc a.csv --learning-rate 1", "madewithml submit train -- --no-such 1", "make everything",
-                                  "MADEWITHML_STORRAGE=a madewithml version", "madewithml predict --run-id $(madewithml best)"])
+@pytest.mark.parametrize("text", [
+    "madewithml trane", "madewithml train --dataset-loc a.csv --learning-rate 1",
+    "madewithml submit train -- --no-such 1", "make everything",
+    "MADEWITHML_STORRAGE=a madewithml version", "madewithml predict --run-id $(madewithml best)",
+])
 def test_the_check_finds_what_is_wrong(text: str) -> None:
     with pytest.raises((AssertionError, UserError, TyperException)):
         for sets, words in commands(text):
             check_command(sets, words)
 
 
-def missing(shown: str, said: str) -> list[str]:
+def find_missing(shown: str, printed: str) -> list[str]:
     """The lines that a page shows and that were not printed; … stands for anything."""
-    lines = [" ".join(line.split()) for line in said.splitlines()]
+    lines = [" ".join(line.split()) for line in printed.splitlines()]
     wanted = filter(None, (" ".join(line.split()) for line in shown.splitlines()))
-    return [line for line in wanted if not any(re.fullmatch(".*".join(map(re.escape, line.split("…"))), one) for one in lines)]
+    patterns = {line: ".*".join(map(re.escape, line.split("…"))) for line in wanted}
+    return [line for line, pattern in patterns.items()
+            if not any(re.fullmatch(pattern, printed_line) for printed_line in lines)]
 
 
 @contextlib.contextmanager
 def background(command: list[str], cwd: Path, env: dict[str, str]) -> Iterator[None]:
     """The command for the length of the block, from when it says that Ctrl-C stops it."""
-    with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
-        said = ""
-        while "Ctrl-C stops it" not in said:
+    with subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.STDOUT, start_new_session=True) as process:
+        printed = ""
+        while "Ctrl-C stops it" not in printed:
             line = process.stdout.readline()
-            assert line, said
-            said += line
+            assert line, printed
+            printed += line
         family = psutil.Process(process.pid).children(recursive=True)
         try:
             yield
@@ -181,6 +208,23 @@ def background(command: list[str], cwd: Path, env: dict[str, str]) -> Iterator[N
             assert not [child for child in family if is_running(child)]
 
 
+def is_skipped(block: Block) -> bool:
+    """Whether the block is only checked here, or is for a machine without a GPU."""
+    has_gpu = shutil.which("nvidia-smi") is not None
+    return block.test.startswith("check") or ("where there is no GPU" in block.test and has_gpu)
+
+
+def run_block(block: Block, text: str, folder: Path, env: dict[str, str]) -> tuple[str, str]:
+    """What the block printed, and what was wrong with its exit code."""
+    shell = ["bash", "-euo", "pipefail", "-c"]
+    command = [sys.executable, "-c"] if block.language == "python" else shell
+    done = subprocess.run([*command, text], cwd=folder, env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=600, check=False)
+    code = re.match(r"exit (\d+)", block.test)
+    good = done.returncode == (int(code[1]) if code else 0)
+    return done.stdout, "" if good else f"{block} ended with {done.returncode}:\n{text}\n{done.stdout}"
+
+
 def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
     """Runs the samples of a page one after the other in a directory."""
     with socket.socket() as free:
@@ -188,145 +232,190 @@ def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
         port = str(free.getsockname()[1])
     for name in ("datasets", "deploy"):
         (folder / name).symlink_to(ROOT / name)
-    said, failed = "", None
+    printed, failed = None, ""
     with contextlib.ExitStack() as stack:
         for block in blocks(page):
-            test, text = block.test.split(",")[0], block.text.replace("8000", port)
-            if test == "check" or (failed and "always" not in block.test) or ("where there is no GPU" in block.test and shutil.which("nvidia-smi")):
-                said = None
-                continue
-            if block.file:
+            text = block.text.replace("8000", port)
+            if is_skipped(block) or (failed and "always" not in block.test):
+                printed = None
+            elif block.file:
                 (folder / block.file).write_text(text, encoding="utf-8")
             elif block.language == "text":
-                if said is not None and (lines := missing(block.text, said)):
-                    failed = f"{block}: {lines} not in:\n{said}"
-            elif test == "serve":
+                lines = find_missing(block.text, printed) if printed is not None else []
+                failed = f"{block}: {lines} not in:\n{printed}" if lines else failed
+            elif block.test.startswith("serve"):
                 stack.enter_context(background(shlex.split(text), folder, env))
             else:
-                command = [sys.executable, "-c", text] if block.language == "python" else ["bash", "-euo", "pipefail", "-c", text]
-                done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600, check=False)
-                said = done.stdout
-                if done.returncode != (int(test.removeprefix("exit ")) if test.startswith("exit") else 0):
-                    failed = failed or f"{block} ended with {done.returncode}:\n{text}\n{said}"
+                printed, problem = run_block(block, text, folder, env)
+                failed = failed or problem
     assert not failed, failed
 
 
-@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if slow(page) else []) for page in HOW_TO if page.stem != "index"])
+@pytest.mark.parametrize("page", [
+    pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if slow(page) else [])
+    for page in HOW_TO if page.stem != "index"
+])
 def test_how_to_runs(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """A page's samples, run as a reader would after `make run`: its results and its runs are there, the registry is the page's own."""
+    """A page's samples, run as by a reader after `make run`, with a registered model of its own."""
     env = get_clean_env(PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
-    if "<!-- storage: own -->" not in page.read_text(encoding="utf-8"):
+    text = page.read_text(encoding="utf-8")
+    if "<!-- storage: own -->" not in text:
         trained: Run = request.getfixturevalue("trained")
         shutil.copytree(trained.results, tmp_path / "results" / "main")
-        env |= {"MADEWITHML_STORAGE_DIR": str(trained.folder / "storage"), "MADEWITHML_REGISTRY_NAME": f"how-to-{page.stem}"}
-        if "promote" in page.read_text(encoding="utf-8"):  # `make run` ends with a registered version
-            subprocess.run(["madewithml", "register", "--run-id", trained.run_id], cwd=tmp_path, env=env, check=True, capture_output=True)
+        env["MADEWITHML_STORAGE_DIR"] = str(trained.folder / "storage")
+        env["MADEWITHML_REGISTRY_NAME"] = f"how-to-{page.stem}"
+        if "promote" in text:  # `make run` ends with a registered version
+            command = ["madewithml", "register", "--run-id", trained.run_id]
+            subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
     run_page(page, tmp_path, env)
 
 
-# ---- the site --------------------------------------------------------------------------------------------------------
+# ---- the site -------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def site() -> Path:
     """The site, built as `make docs` does."""
-    done = subprocess.run([sys.executable, "tools/docs.py"], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "tools/docs.py"], cwd=ROOT, capture_output=True,
+                          text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stdout + done.stderr
     return ROOT / "_docs"
 
 
-class Links(HTMLParser):
-    """What a page links to and loads, and the places in it that can be linked to."""
+class Page(HTMLParser):
+    """What a page says, links to and loads, and the ids in it."""
 
-    def __init__(self, text: str):
+    def __init__(self, path: Path):
         super().__init__()
-        self.links: list[str] = []
-        self.loads: list[str] = []
-        self.ids: set[str] = set()
-        self.feed(text)
+        self.links, self.loads, self.ids = set(), set(), set()
+        self.words: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.ids |= {value for name, value in given.items() if value and (name == "id" or (tag == "a" and name == "name"))}
-        if tag == "a" and given.get("href"):
-            self.links.append(given["href"])
-        elif tag != "a":
-            self.loads += [value for name, value in given.items() if value and name in ("src", "href")]
+        for name, value in attrs:
+            if name == "id" or (tag == "a" and name == "name"):
+                self.ids.add(value)
+            elif name in ("src", "href") and value:
+                (self.links if tag == "a" else self.loads).add(value)
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @cached_property
+    def text(self) -> str:
+        """Its text, typographic quotes and dashes as a keyboard has them."""
+        text = " ".join("".join(self.words).split())
+        for plain, typographic in {"'": "‘’", '"': "“”", "...": "…"}.items():
+            text = re.sub(f"[{typographic}]", plain, text)
+        return text
 
 
-def test_links_hold(site: Path) -> None:
-    """Every link inside the site finds its page and its place there; one to elsewhere is a whole address. Nothing is loaded from elsewhere."""
-    pages = {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html") if "_static" not in path.parts}
+@pytest.fixture(scope="session")
+def pages(site: Path) -> dict[str, Page]:
+    """Every page of the site, by its path in it."""
+    paths = [path for path in site.rglob("*.html") if "_static" not in path.parts]
+    return {path.relative_to(site).as_posix(): Page(path) for path in paths}
+
+
+def is_good_address(link: str) -> bool:
+    """Whether a link to elsewhere is a whole address: of this machine, or by https."""
+    address = urlsplit(link)
+    host = address.hostname or ""
+    local = host in ("127.0.0.1", "localhost") and address.scheme in ("http", "https")
+    return local or (address.scheme == "https" and "." in host and " " not in link)
+
+
+def test_links_hold(site: Path, pages: dict[str, Page]) -> None:
+    """Every link inside the site finds its page and its id there. Nothing is loaded from elsewhere."""
     broken = []
-    for path, page in pages.items():
-        for link in {*page.links, *page.loads}:
+    for name, page in pages.items():
+        for link in page.links | page.loads:
             address = urlsplit(link)
-            if address.scheme in ("http", "https"):
-                local = address.hostname in ("127.0.0.1", "localhost")
-                if link in page.loads or not (local or (address.scheme == "https" and "." in (address.hostname or "") and " " not in link)):
-                    broken.append((path.name, link))
-            elif address.scheme == "data":
+            if address.scheme == "data":
                 continue
-            elif address.scheme or link.startswith("/"):
-                broken.append((path.name, link))
+            if address.scheme:
+                good = link not in page.loads and is_good_address(link)
             else:
-                target = (path.parent / unquote(address.path)).resolve() if address.path else path
-                if not target.is_file() or (address.fragment and target in pages and unquote(address.fragment) not in pages[target].ids):
-                    broken.append((path.name, link))
+                path = unquote(address.path)
+                target = os.path.normpath(Path(name).parent / path) if path else name
+                good = not link.startswith("/") and (site / target).is_file()
+                if good and address.fragment and target in pages:
+                    good = unquote(address.fragment) in pages[target].ids
+            if not good:
+                broken.append((name, link))
     assert not broken, broken
     assert len(pages) > 60
 
 
-def test_every_notebook_has_a_page(site: Path) -> None:
+def test_every_notebook_has_a_page(pages: dict[str, Page]) -> None:
     """Each notebook is there without its hidden cells and nbdev's directives."""
     for path in (ROOT / "nbs").rglob("*.ipynb"):
         if path.name == "index.ipynb" or ".ipynb_checkpoints" in path.parts:
             continue
-        page = (site / path.relative_to(ROOT).with_suffix(".html")).read_text(encoding="utf-8")
-        assert not re.search(r"#\|\s*(export|hide|default_exp|slow|cuda)", re.sub(r"<[^>]+>", "", page)), path.name
-        assert "nbdev_export()" not in page, path.name
+        text = pages[path.relative_to(ROOT).with_suffix(".html").as_posix()].text
+        assert not re.search(r"#\|\s*(export|hide|default_exp|slow|cuda)", text), path.name
+        assert "nbdev_export()" not in text, path.name
 
 
-def test_every_exported_name_is_in_the_reference(site: Path) -> None:
-    """With each parameter and what the code says of it."""
-    for path in (ROOT / "madewithml").glob("[!_]*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        page = (site / "reference" / f"{path.stem}.html").read_text(encoding="utf-8")
-        ids, text = Links(page).ids, " ".join(re.sub(r"<[^>]+>", "", page).split())
-        exported = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
-        with path.open("rb") as file:
-            comments = {token.start[0]: token.string.removeprefix("#").strip() for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT}
-        for node in tree.body:
-            if getattr(node, "name", None) in exported:
-                case = "class-" if isinstance(node, ast.ClassDef) else ""
-                assert f"ref-{path.stem}-{case}{node.name}".lower().replace("_", "-") in ids, f"{path.stem}.{node.name}"
-            if isinstance(node, ast.FunctionDef) and node.name in exported:
-                for argument in [*node.args.args, *node.args.kwonlyargs]:
-                    if path.stem == "cli" and ast.unparse(argument.annotation).endswith(("Options", "ServeConfig")):
-                        continue  # the command's options are made from the fields of this model
-                    comment = comments.get(argument.end_lineno, "") if argument.lineno != node.lineno else ""
-                    plain = " ".join(re.sub(r"<", "&lt;", comment.replace("`", "").replace("&", "&amp;")).replace(">", "&gt;").split())
-                    assert argument.arg in text and (plain in text or "'" in plain or '"' in plain or "*" in plain), f"{path.stem}.{node.name}: {argument.arg} # {plain}"
+def read_comments(path: Path) -> dict[int, str]:
+    """The comment of each line of a module, as the reference shows it."""
+    with path.open("rb") as file:
+        comments = [token for token in tokenize.tokenize(file.readline)
+                    if token.type == tokenize.COMMENT]
+    texts = [comment.string.removeprefix("#").replace("`", "").replace("…", "...")
+             for comment in comments]
+    return {comment.start[0]: " ".join(text.split())
+            for comment, text in zip(comments, texts, strict=True)}
 
 
-def test_every_command_and_target_is_in_the_reference(site: Path) -> None:
-    text, made = (" ".join(re.sub(r"<[^>]+>", "", (site / name).read_text(encoding="utf-8")).split()) for name in ("commands.html", "targets.html"))
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_every_exported_name_is_in_the_reference(pages: dict[str, Page], path: Path) -> None:
+    """With a link to its code in a notebook, each parameter and what the code says of it."""
+    page, comments = pages[f"reference/{path.stem}.html"], read_comments(path)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    exported = next(ast.literal_eval(node.value) for node in tree.body
+                    if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
+    for node in tree.body:
+        if getattr(node, "name", None) not in exported:
+            continue
+        assert f"madewithml.{path.stem}.{node.name}" in page.ids
+        assert any(link.endswith(f"#code-{node.name}") for link in page.links), node.name
+        if isinstance(node, ast.FunctionDef) and path.stem != "cli":  # whose options have their page
+            for argument in [*node.args.args, *node.args.kwonlyargs]:
+                own_line = argument.lineno != node.lineno
+                comment = comments.get(argument.end_lineno, "") if own_line else ""
+                where = f"{node.name}: {argument.arg}"
+                assert argument.arg in page.text and comment in page.text, where
+
+
+def test_every_command_and_target_is_in_the_reference(pages: dict[str, Page]) -> None:
+    text = pages["commands.html"].text
     for command in typer.main.get_command(app).commands.values():
         for below in getattr(command, "commands", {"": command}).values():
-            assert all(option in text for parameter in below.params for option in parameter.opts if option.startswith("--") and option != "--help"), command.name
+            options = [option for parameter in below.params for option in parameter.opts]
+            options = [option for option in options if option.startswith("--")]
+            assert all(option in text for option in options), command.name
     targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), flags=re.M)
-    assert all(f"make {target}" in made for target in targets)
+    assert all(f"make {target}" in pages["targets.html"].text for target in targets)
 
 
-# ---- in a browser ----------------------------------------------------------------------------------------------------
+# ---- in a browser ---------------------------------------------------------------------------
 
-PAGES = ["index.html", "nbs/24_train.html", "docs/how-to/serve.html", "reference/config.html", "docs/design.html"]
+PAGES = ["index.html", "nbs/24_train.html", "docs/how-to/serve.html", "docs/design.html",
+         "reference/config.html", "commands.html"]
+BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
+THEME = "theme => { Object.assign(document.documentElement.dataset, {theme, mode: theme}) }"
+OVERHANG = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+STYLE = "([place, what]) => getComputedStyle(document.querySelector(place))[what]"
 
 
 @pytest.fixture(scope="module")
 def address(site: Path) -> Iterator[str]:
     """Where `make docs-serve` shows the site."""
-    with subprocess.Popen([sys.executable, "-u", "tools/docs.py", "--serve"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    command = [sys.executable, "-u", "-m", "http.server", "--bind", "127.0.0.1", "--directory",
+               str(site), "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                          text=True) as process:
         line = process.stdout.readline()
         try:
             yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
@@ -337,9 +426,9 @@ def address(site: Path) -> Iterator[str]:
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desk", "phone"])
 def tab(request: pytest.FixtureRequest, site: Path) -> Iterator:
-    """A tab of a browser that reaches this machine only. What it asked of others, and what went wrong in it, is counted."""
+    """A tab of a browser that reaches this machine only, and fails for a request elsewhere."""
     from playwright.sync_api import sync_playwright
-    chromium = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+    chromium = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not chromium:
         pytest.skip("needs Chromium (Debian: apt-get install chromium)")
     outside, wrong = [], []
@@ -355,38 +444,47 @@ def tab(request: pytest.FixtureRequest, site: Path) -> Iterator:
             return route.abort()
 
         page.route("**/*", route)
-        # From the disk a page may not fetch others, so that the results come without their excerpts.
-        page.on("pageerror", lambda error: None if page.url.startswith("file:") and str(error) == "Failed to fetch" else wrong.append(str(error)))
-        page.on("response", lambda response: wrong.append(f"{response.status} {response.url}") if response.status >= 400 else None)
+        def note_error(error: Exception) -> None:
+            # From the disk a page may not fetch others: results come without their excerpts.
+            if not (page.url.startswith("file:") and str(error) == "Failed to fetch"):
+                wrong.append(str(error))
+
+        def note_status(response) -> None:
+            if response.status >= 400:
+                wrong.append(f"{response.status} {response.url}")
+
+        page.on("pageerror", note_error)
+        page.on("response", note_status)
         yield page
         browser.close()
     assert not outside and not wrong, (outside, wrong)
 
 
 def test_pages_open_at_desk_and_phone(tab, address: str) -> None:
-    """Five pages: each has its title, and nothing sticks out of the window, in light and dark."""
+    """Each has its title, and nothing sticks out of the window, in light and dark."""
     for name in PAGES:
         tab.goto(address + name)
         assert tab.locator("h1").first.is_visible()
         for theme in ("light", "dark"):
-            tab.evaluate("theme => { document.documentElement.dataset.theme = theme; document.documentElement.dataset.mode = theme }", theme)
-            wide = tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-            assert wide <= 0, (name, theme, wide)
-            ink, paper = (tab.evaluate(f"getComputedStyle(document.querySelector('{place}')).{what}") for place, what in (("article p, article li", "color"), ("body", "backgroundColor")))
+            tab.evaluate(THEME, theme)
+            assert tab.evaluate(OVERHANG) <= 0, (name, theme)
+            ink = tab.evaluate(STYLE, ["article p, article li", "color"])
+            paper = tab.evaluate(STYLE, ["body", "backgroundColor"])
             light = [sum(map(int, re.findall(r"\d+", color)[:3])) / 765 for color in (ink, paper)]
             assert abs(light[0] - light[1]) > 0.5, (name, theme, ink, paper)
 
 
 @pytest.mark.parametrize("where", ["served", "as a file"])
 def test_search_finds_and_leads_on(tab, address: str, site: Path, where: str) -> None:
-    """A word is looked for and a result followed, from the server and from the disk."""
+    """A search and a result that is followed, from the server and from the disk."""
     home = address if where == "served" else site.as_uri() + "/"
     tab.goto(home + "index.html")
     tab.locator("button.search-button__button:visible").first.click()
     field = tab.locator("input[type=search]:visible").first
     field.fill("calibration")
     field.press("Enter")
-    tab.locator("#search-results .search-summary", has_text="finished").wait_for()  # results come one by one
+    summary = tab.locator("#search-results .search-summary", has_text="finished")
+    summary.wait_for()  # results come one by one
     results = tab.locator("#search-results li a")
     assert results.count() >= 3
     links = [results.nth(i).get_attribute("href") for i in range(results.count())]
@@ -396,30 +494,39 @@ def test_search_finds_and_leads_on(tab, address: str, site: Path, where: str) ->
     assert "alibration" in tab.locator("article").inner_text()
 
 
+def read_printed_numbers(path: Path) -> set[float]:
+    """Every number in the outputs of a notebook."""
+    numbers = set()
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            shown = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+            numbers |= {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", shown)}
+    return numbers
+
+
 def test_figures_of_the_design_are_those_of_the_notebooks() -> None:
-    """Each figure in a table of the design page is a rounding of one in the outputs of a notebook that its section links to."""
-    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    """Each figure in a table of the design page rounds one of a notebook that its section links."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8").replace("−", "-")
     checked = 0
     for section in text.split("\n## ")[1:]:
-        cells = [cell.strip().replace("−", "-") for line in section.splitlines() if line.startswith("|") for cell in line.split("|")]
-        figures = [cell for cell in cells if re.fullmatch(r"-?[\d.]+", cell)]
-        seen = set()
-        for link in set(re.findall(r"\((\.\./nbs/\S+\.ipynb)\)", section)):
-            for cell in nbformat.read(ROOT / "docs" / link, as_version=4).cells:
-                for output in cell.get("outputs", []):
-                    shown = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
-                    seen |= {float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", shown)}
-        for figure in figures:
-            digits = len(figure.partition(".")[2])
-            assert any(round(number, digits) == float(figure) for number in seen), (section.splitlines()[0], figure)
-        checked += len(figures)
+        rows = [line for line in section.splitlines() if line.startswith("|")]
+        cells = [cell.strip() for row in rows for cell in row.split("|")]
+        links = set(re.findall(r"\((\.\./nbs/\S+\.ipynb)\)", section))
+        numbers = set().union(*(read_printed_numbers(ROOT / "docs" / link) for link in links))
+        for figure in cells:
+            if re.fullmatch(r"-?[\d.]+", figure):
+                digits = len(figure.partition(".")[2])
+                good = any(round(number, digits) == float(figure) for number in numbers)
+                assert good, (section.splitlines()[0], figure)
+                checked += 1
     assert checked > 10
 
 
-def test_settings_of_the_build() -> None:
-    """What the site is built with is pinned."""
+def test_every_requirement_is_locked() -> None:
+    """What a run and each extra ask for is pinned."""
     config = configparser.ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini")
-    wanted = {re.split(r"[<>=\[]", word)[0].lower() for word in config["DEFAULT"]["dev_requirements"].split()}
-    locked = {line.split("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line}
-    assert {"sphinx", "myst-nb", "pydata-sphinx-theme", "sphinx-copybutton"} <= wanted & locked
+    lists = [value for name, value in config["DEFAULT"].items() if name.endswith("requirements")]
+    wanted = {re.split(r"[<>=\[]", word)[0] for value in lists for word in value.split()}
+    lock = (ROOT / "requirements.lock").read_text().replace("_", "-").lower().splitlines()
+    assert len(lists) > 3 and wanted <= {line.split("==")[0] for line in lock}
