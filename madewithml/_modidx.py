@@ -851,6 +851,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'madewithml/serve.py'),
                                   'madewithml.serve.PredictionService._poll': ('serve.html#predictionservice._poll', 'madewithml/serve.py'),
                                   'madewithml.serve.PredictionService.close': ('serve.html#predictionservice.close', 'madewithml/serve.py'),
+                                  'madewithml.serve.PredictionService.engine': ( 'serve.html#predictionservice.engine',
+                                                                                 'madewithml/serve.py'),
                                   'madewithml.serve.PredictionService.predict': ( 'serve.html#predictionservice.predict',
                                                                                   'madewithml/serve.py'),
                                   'madewithml.serve._Batcher': ('serve.html#_batcher', 'madewithml/serve.py'),

@@ -9,6 +9,7 @@ __all__ = ['ModelWatcher', 'ShadowChallenger']
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from mlflow.exceptions import MlflowException
@@ -33,8 +34,8 @@ class ModelWatcher:
         self.config = config
         self.alias = alias
         self.niceness = niceness
-        self.engine = None
-        self.rejected = None
+        self.engine: Engine|None = None
+        self.rejected: dict[str, Any]|None = None
 
     def _current_version(self) -> tuple[int|None, str]:
         "Version and MLflow run to serve."

@@ -114,9 +114,9 @@ def _f1_difference(rows: pd.DataFrame, predictions: list[np.ndarray]) -> dict[st
     if len(predictions) < 2: return {}
     labels = rows[get_settings().label_column].to_numpy(dtype=str)
     names = sorted({*labels, *predictions[0], *predictions[1]})
-    ids = [np.searchsorted(names, values) for values in (labels, *predictions)]
+    truth, first, second = (np.searchsorted(names, values) for values in (labels, *predictions))
     fields = ("f1_difference", "f1_difference_low", "f1_difference_high")
-    return dict(zip(fields, paired_f1_difference(*ids, len(names)), strict=True))
+    return dict(zip(fields, paired_f1_difference(truth, first, second, len(names)), strict=True))
 
 # %% ../nbs/42_promotion.ipynb #f8b31d38
 _TAG_FIELDS = {"timestamp", "decision", "by", "reason", "dataset_loc", "dataset_digest", "policy",

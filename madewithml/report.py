@@ -218,7 +218,7 @@ def load_results(
     folder:str|Path, # results directory of a run
 ) -> dict[str, BaseResults]:
     "Results by workload. Raises: UserError if there are none."
-    results = {}
+    results: dict[str, BaseResults] = {}
     for name, schema in RESULT_SCHEMAS.items():
         path = Path(folder) / f"{name}.json"
         if path.is_file():

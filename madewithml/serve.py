@@ -159,10 +159,17 @@ class PredictionService:
         self.versions = ModelWatcher(config, config.alias)
         self.versions.refresh()
         self.recorder = _Recorder(config, self.metrics)
-        self.batcher = _Batcher(config, self.metrics, self.versions.engine)
+        self.batcher = _Batcher(config, self.metrics, self.engine)
         self._stop = threading.Event()
         if config.poll_interval_s and not config.run_id:
             threading.Thread(target=self._poll, name="poll", daemon=True).start()
+
+    @property
+    def engine(self) -> Engine:
+        "The engine of the version that is served."
+        engine = self.versions.engine
+        if engine is None: raise RuntimeError("No model is loaded.")
+        return engine
 
     def _poll(self) -> None:
         "Polls the aliases and loads new versions, at a low priority."
@@ -182,7 +189,7 @@ class PredictionService:
         texts:list[str], # joined texts, see `data.join_text`
     ) -> tuple[Engine, list[dict[str, Any]]]:
         "The engine, and prediction and probabilities of each text. Raises: RequestRejected."
-        engine = self.versions.engine
+        engine = self.engine
         encode = lambda: [engine.encode(text) for text in texts]
         is_short = sum(map(len, texts)) < _MAX_INLINE_CHARS
         ids = encode() if is_short else await asyncio.to_thread(encode)
@@ -205,7 +212,7 @@ def service_info(
     service:PredictionService, # to describe
 ) -> dict[str, Any]:
     "Model name, version, run, commit, and the version that was rejected, if any."
-    engine = service.versions.engine
+    engine = service.engine
     tags = get_run(engine.run_id).data.tags
     return {
         "model_name": service.config.model_name or get_settings().registry_name,
@@ -264,7 +271,7 @@ async def evaluate_table(
     name:str, # table in one of the allowed directories
 ) -> dict[str, Any]:
     "Metrics of the model on the table. Raises: RequestRejected, UserError."
-    engine = service.versions.engine
+    engine = service.engine
     rows = await asyncio.to_thread(load_allowed_table, name, service.config)
     texts = build_texts(rows)
     size = service.config.max_batch_size
@@ -325,7 +332,7 @@ _STATUS = {
     504: "No answer within the timeout.",
 }
 
-def _responses(*statuses: int) -> dict[int, dict]:
+def _responses(*statuses: int) -> dict[int|str, dict[str, Any]]:
     "Documentation of the error responses with these statuses."
     return {status: {"model": ErrorResponse, "description": _STATUS[status]} for status in statuses}
 
@@ -362,7 +369,7 @@ def _add_prediction_routes(app: FastAPI, service: PredictionService) -> None:
     tables = {"the embedded holdout": {"value": {"dataset": "holdout.csv"}}}
 
     @app.post("/predict/", response_model=None, summary="Classify one item or a list",
-              responses={200: {"model": PredictResponse}} | _responses(*_COMMON_ERRORS))
+              responses=_responses(*_COMMON_ERRORS) | {200: {"model": PredictResponse}})
     async def predict(items: Annotated[Item | Items, Body(openapi_examples=_EXAMPLES)]) -> Response:
         items = items if isinstance(items, list) else [items]
         texts = [join_text(*item.model_dump().values()) for item in items]
@@ -391,7 +398,7 @@ def _add_status_routes(app: FastAPI, service: PredictionService) -> None:
 
     @app.get("/run_id/", responses=_responses(401, 503), summary="MLflow run of the model")
     async def run_id() -> dict[str, str]:
-        return {"run_id": service.versions.engine.run_id}
+        return {"run_id": service.engine.run_id}
 
     @app.get("/version", responses=_responses(401, 503), summary="Version, run and commit")
     async def version() -> dict[str, Any]:
@@ -426,7 +433,7 @@ def create_app(
     service:PredictionService, # that answers
 ) -> LimitsMiddleware:
     "The ASGI application: routes, pages and error handlers, behind the limits."
-    engine = service.versions.engine
+    engine = service.engine
     security = [Depends(HTTPBearer(auto_error=False))] if service.token else []
     app = FastAPI(title="Made With ML", version=str(engine.version or engine.run_id),
                   description="Classifies a text by its title and description.",

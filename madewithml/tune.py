@@ -89,7 +89,7 @@ def completed_epochs(
             with filesystem.open_input_file(history_path) as file:
                 histories[entry.path] = json.loads(file.read())
     checkpoints = {history[-1]["epoch"]: path for path, history in sorted(histories.items())}
-    longest = max(histories.values(), key=len, default=[])
+    longest: list[dict[str, Any]] = max(histories.values(), key=len, default=[])
     return [epoch | {"checkpoint_path": checkpoints.get(epoch["epoch"], "")} for epoch in longest]
 
 # %% ../nbs/26_tune.ipynb #4e1f8499
