@@ -130,8 +130,8 @@ def load_run_data(
 class Reference:
     "Features of a model's training and holdout rows."
     rows: RowFeatures
-    holdout: np.ndarray      # whether each row is of the holdout, which the model was not trained on
-    label: np.ndarray        # true label id of each row; -1 for a label that the model does not know
+    holdout: np.ndarray      # whether each row is of the holdout, not of the training table
+    label: np.ndarray        # true label id of each row; -1 for a label unknown to the model
     labels: list[str]        # labels, in the order of the probabilities
     layer: int               # encoder layer of the embeddings
     frozen: bool             # whether the layers up to it were frozen during training

@@ -118,7 +118,8 @@ def _table_writer(output: str|Path, schema: pa.Schema) -> Iterator[Any]:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with filesystem.open_output_stream(temporary) as file, create_writer(file, schema) as writer:
+        with (filesystem.open_output_stream(temporary) as file,
+              create_writer(file, schema) as writer):
             yield writer
         filesystem.move(temporary, path)
     except BaseException:
@@ -193,7 +194,8 @@ def predict_table_from_dir(
     files = {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
     summary = _Summary()
     with ray_session(), _drop_stderr_lines(_ACTOR_POOL_MESSAGE), as_user_errors(dataset_loc):
-        blocks = _predicted_blocks(files, dataset_loc, threshold, num_workers, batch_size, precision)
+        blocks = _predicted_blocks(
+            files, dataset_loc, threshold, num_workers, batch_size, precision)
         first = next(blocks, None)
         if first is None or not first.num_rows:
             raise UserError(f"{dataset_loc}: the table has no rows.")
