@@ -163,7 +163,7 @@ def expected_calibration_error(
 # %% ../nbs/30_evaluate.ipynb #9f832cf8
 _KINDS = ("minimum functionality", "invariance", "directional")
 
-def _fits_embedded_tests(columns: list[str], labels: list[str]|None) -> bool:
+def _fits_embedded_tests(columns: tuple[str, ...], labels: list[str]|None) -> bool:
     "Whether the embedded cases have these text columns, and the model all of their labels."
     folder = bundled_dir("datasets")
     if not set(columns) <= set(pd.read_csv(folder / "behavior.csv", nrows=0)): return False
@@ -180,9 +180,10 @@ def read_behavioral_tests(
 
     The embedded table gives none if its text columns or labels are not those of the model."""
     text_columns = get_settings().text_columns
-    columns = ["kind", "expected", *text_columns, *(f"changed_{name}" for name in text_columns)]
+    columns = ("kind", "expected", *text_columns,
+               *(f"changed_{name}" for name in text_columns))
     if loc is None and not _fits_embedded_tests(columns, names):
-        return pd.DataFrame(columns=columns)
+        return pd.DataFrame(columns=list(columns))
     loc = loc or bundled_dir("datasets") / "behavior.csv"
     cases = read_table(loc, columns).fillna("").astype(str)
     is_unknown = ~cases["kind"].isin(_KINDS)

@@ -190,10 +190,11 @@ async def _read_body(headers: dict[bytes, bytes], receive, config: ServeConfig) 
         raise RequestRejected(413, f"The body is larger than {limit} bytes.", connection="close")
     return b"".join(parts)
 
-# %% ../nbs/51_middleware.ipynb #25a9a342
+# %% ../nbs/51_middleware.ipynb #25a9a341
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 _CHALLENGE = 'Bearer, Basic realm="madewithml", charset="UTF-8"'
 
+# %% ../nbs/51_middleware.ipynb #25a9a342
 class LimitsMiddleware:
     "ASGI middleware: authentication, limits, timeouts, security headers and metrics."
 

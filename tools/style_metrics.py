@@ -93,7 +93,7 @@ def main(root: Path) -> None:
     code = [long for long, is_one in zip(every, comment, strict=True) if not is_one]
     lengths = [len(cell.splitlines()) for cell in cells]
     defined = dict(item for tree in trees for item in definitions(tree))
-    public = {name: [a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)]
+    public = {name: [arg.arg for arg in ast.iter_child_nodes(node.args) if isinstance(arg, ast.arg)]
               for name, node in defined.items() if isinstance(node, FUNCTION) and name[0] != "_"}
     most = sorted((len(set(names) - {"self"}), name) for name, names in public.items())[:-4:-1]
     old = set(OLD_NAMES.split())
