@@ -156,8 +156,8 @@ def describe_parameters(value: Any) -> list[str]:
     last = list(inspect.signature(function).parameters.values())[-1:]
     if last and last[0].kind is last[0].VAR_KEYWORD:
         comments[last[0].name] = comments.get("return")  # where fastcore puts its comment
-    return [f":param {name}: {' '.join((comment or '').split())}"
-            for name, comment in comments.items() if name not in ("self", "cls", "return")]
+    return [f":param {name}: {' '.join(comment.split())}"
+            for name, comment in comments.items() if comment and name != "return"]
 
 
 def is_model(value: Any) -> bool:
@@ -184,6 +184,13 @@ def short_signature(
     return ("", "") if is_model(value) else None
 
 
+def set_dashes(app: Sphinx, doctree: nodes.document) -> None:
+    """Sphinx writes two hyphens between a parameter and its description."""
+    for text in list(doctree.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
 def link_names(app: Sphinx, doctree: nodes.document, page: str) -> None:
     """Links `names` of the package in prose to the reference, where they are unambiguous."""
     found: dict[str, list[tuple[str, str]]] = {}
@@ -201,6 +208,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Connects the functions above."""
     app.connect("source-read", hide_directives)
     app.connect("doctree-read", mark_definitions)
+    app.connect("doctree-read", set_dashes)
     app.connect("autodoc-process-docstring", write_docstring)
     app.connect("autodoc-process-signature", short_signature)
     app.connect("doctree-resolved", link_names)
