@@ -15,8 +15,6 @@ import yaml
 from .conftest import get_clean_env
 from .fake_github import REPOSITORY, FakeGitHub
 
-NAME = r"\w+\(\)|\w+(?:\.\w+)+"  # in an expression: a function, or a value of a context
-
 
 @dataclass
 class WorkflowRun:
@@ -33,22 +31,32 @@ class WorkflowRun:
 
 def evaluate(expression: str, values: dict[str, object]) -> str:
     """A name's value, else 'true' or 'false': GitHub's operators are those of bash's `[[ ]]`."""
-    def look_up(term: re.Match) -> str:
-        return term[0] if term[0][0] == "'" else f" {shlex.quote(str(values.get(term[0], '')))}"
+    def look_up(match: re.Match) -> str:
+        term = match[0]
+        return term if term[0] == "'" else f" {shlex.quote(str(values.get(term, '')))}"
 
-    if re.fullmatch(NAME, expression) and "()" not in expression:
+    name = r"\w+(?:\.\w+)+"  # a value of a context
+    if re.fullmatch(name, expression):
         return str(values.get(expression, ""))
-    test = re.sub(f"'[^']*'|{NAME}", look_up, expression)
+    test = re.sub(rf"'[^']*'|\w+\(\)|{name}", look_up, expression)
     script = f"shopt -s nocasematch; [[ {test} ]]"
     code = subprocess.run(["bash", "-c", script], check=False).returncode
     assert code in (0, 1), test
     return "false" if code else "true"
 
 
+def is_due(step: dict, values: dict[str, object]) -> bool:
+    """Whether the step is to run: its `if` implies success() where it calls no function."""
+    condition = str(step.get("if", "success()")).removeprefix("${{").removesuffix("}}")
+    if "()" not in condition:
+        condition = f"success() && ({condition})"
+    return evaluate(condition, values) == "true"
+
+
 def fill(settings: dict[str, object], values: dict[str, object]) -> dict[str, str]:
     """The settings with each `${{ }}` replaced."""
-    def replace(found: re.Match) -> str:
-        return evaluate(found[1], values)
+    def replace(match: re.Match) -> str:
+        return evaluate(match[1], values)
     return {name: re.sub(r"\$\{\{ *(.*?) *\}\}", replace, str(setting))
             for name, setting in settings.items()}
 
@@ -59,31 +67,17 @@ def use_action(step: dict, checkout: Path, github: FakeGitHub, run_id: int) -> N
     if action == "$/.github/actions/setup":  # the environment of the tests serves as `.venv`
         (checkout / ".venv").symlink_to(sys.prefix)
     elif action == "actions/upload-artifact":
-        paths = [path for pattern in step["with"]["path"].split()
-                 for match in checkout.glob(pattern.rstrip("/"))
-                 for path in (match, *match.rglob("*")) if path.is_file()]
-        if paths:
-            files = {path.name: path.read_bytes() for path in paths}
+        patterns = [re.sub("/$", "/**/*", path) for path in step["with"]["path"].split()]
+        paths = [path for pattern in patterns for path in checkout.glob(pattern)]
+        if files := {path.name: path.read_bytes() for path in paths if path.is_file()}:
             github.upload(run_id, step["with"]["name"], files)
     else:
         assert action == "actions/checkout", action
 
 
-def create_env(checkout: Path, github: FakeGitHub, event: dict, run_id: int) -> dict[str, str]:
-    """The environment that a runner gives to the steps."""
-    event_path, summary_path = (checkout.with_suffix(suffix) for suffix in (".event", ".summary"))
-    event_path.write_text(json.dumps(event), encoding="utf-8")
-    summary_path.write_text("", encoding="utf-8")
-    return get_clean_env(
-        PYTHONPATH=str(checkout), CI="true", GITHUB_ACTOR="octocat", GITHUB_API_URL=github.url,
-        GITHUB_SERVER_URL="https://github.example", GITHUB_REPOSITORY=REPOSITORY["full_name"],
-        GITHUB_RUN_ID=str(run_id), GITHUB_EVENT_PATH=str(event_path),
-        GITHUB_STEP_SUMMARY=str(summary_path))
-
-
 def run_workflow(workflow: str, origin: Path, checkout: Path, github: FakeGitHub, event: dict,
                  contexts: dict, before: dict[str, Callable] | None = None) -> WorkflowRun:
-    """Clones `origin` and runs the steps of the workflow's only job that are to run, in order.
+    """Clones `origin` and runs the steps of the workflow's only job that are due, in order.
 
     `contexts` are `secrets`, `vars` and what `github` has beside the event; the functions in
     `before` are called before the steps of these names.
@@ -101,28 +95,32 @@ def run_workflow(workflow: str, origin: Path, checkout: Path, github: FakeGitHub
     if evaluate(job.get("if", "success()"), values) == "false":
         return run
     job_env = fill(job.get("env", {}), values)
-    values |= {f"env.{key}": value for key, value in job_env.items()}
-    env = create_env(checkout, github, event, facts["run_id"]) | job_env
+    values |= {f"env.{name}": value for name, value in job_env.items()}
+    event_path, summary_path = (checkout.with_suffix(suffix) for suffix in (".event", ".summary"))
+    event_path.write_text(json.dumps(event), encoding="utf-8")
+    summary_path.write_text("", encoding="utf-8")
+    env = get_clean_env(
+        PYTHONPATH=str(checkout), CI="true", GITHUB_ACTOR="octocat", GITHUB_API_URL=github.url,
+        GITHUB_SERVER_URL="https://github.example", GITHUB_REPOSITORY=REPOSITORY["full_name"],
+        GITHUB_RUN_ID=str(facts["run_id"]), GITHUB_EVENT_PATH=str(event_path),
+        GITHUB_STEP_SUMMARY=str(summary_path)) | job_env
     for step in job["steps"]:
         title = step.get("name") or step["uses"].split("@")[0]
-        condition = str(step.get("if", "success()")).removeprefix("${{").removesuffix("}}")
-        if "()" not in condition:
-            condition = f"success() && ({condition})"
         outcome = "skipped"
-        if evaluate(condition, values) == "true":
+        if is_due(step, values):
             (before or {}).get(title, lambda: None)()
             outcome = "success"
             if "uses" in step:
                 use_action(step, checkout, github, facts["run_id"])
             else:
-                step_env = env | fill(step.get("env", {}), values)
-                done = subprocess.run(["bash", "-e", "-c", step["run"]], cwd=checkout, env=step_env,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                      timeout=900, check=False)
+                done = subprocess.run(
+                    ["bash", "-e", "-c", step["run"]], cwd=checkout, timeout=900, check=False,
+                    env=env | fill(step.get("env", {}), values),
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
                 run.stdout[title] = done.stdout
                 outcome = "failure" if done.returncode else "success"
         run.outcomes[title] = values[f"steps.{step.get('id')}.outcome"] = outcome
         if outcome == "failure":
             values |= {"success()": "", "failure()": "true"}
-    run.summary = Path(env["GITHUB_STEP_SUMMARY"]).read_text(encoding="utf-8")
+    run.summary = summary_path.read_text(encoding="utf-8")
     return run

@@ -38,13 +38,13 @@ def run_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> Comp
 
 # Most commands spend seconds on importing Ray, MLflow and PyTorch. A server imports them once.
 FORK_SERVER = multiprocessing.get_context("forkserver")
-MODULES = ("retrain", "monitor", "serve", "tune", "submit", "local_cluster", "pr_comment", "cli")
+MODULES = [path.stem for path in (ROOT / "madewithml").glob("[a-z]*.py")]
 FORK_SERVER.set_forkserver_preload([f"madewithml.{name}" for name in MODULES])
 
 
-def _run_command(args: tuple[str, ...], cwd: Path, env: dict[str, str], output: Path) -> None:
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT), number)
+def _run_command(args: tuple[str, ...], cwd: Path, env: dict[str, str], files: list[Path]) -> None:
+    for number, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY), number)
     os.environ.clear()  # it is as old as the server
     os.environ.update(env)
     os.chdir(cwd)
@@ -59,15 +59,16 @@ def _run_command(args: tuple[str, ...], cwd: Path, env: dict[str, str], output: 
 def fork_cli(*args: str, cwd: Path, timeout: int = 600, **variables: str) -> CompletedProcess:
     """`run_cli` in a second instead of eight, for tests that are not about starting up."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder)
-        arguments = (args, cwd, get_clean_env(**variables), output)
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
+        for file in files:
+            file.touch()
+        arguments = (args, cwd, get_clean_env(**variables), files)
         process = FORK_SERVER.Process(target=_run_command, args=arguments)
         process.start()
         process.join(timeout)
         process.kill()
         process.join()
-        stdout, stderr = (path.read_text(encoding="utf-8") if path.exists() else ""
-                          for path in (output / "stdout", output / "stderr"))
+        stdout, stderr = (file.read_text(encoding="utf-8") for file in files)
         return CompletedProcess(args, process.exitcode, stdout, stderr)
 
 
@@ -85,7 +86,7 @@ def kill_cli(*args: str, cwd: Path, at: str, linger: float = 0, **variables: str
 
 
 def wait_until_ended(processes: list[psutil.Process], timeout: float) -> None:
-    """Waits until none runs; fails after `timeout` seconds."""
+    """Waits until none of them runs; fails after `timeout` seconds."""
     end = time.monotonic() + timeout
     while running := [process for process in processes if is_running(process)]:
         assert time.monotonic() < end, running

@@ -42,33 +42,34 @@ class FakeGitHub:
 
     def request(self, method: str, path: str, query: dict, body: dict) -> Any:
         """The answer; an artifact's is its number."""
-        def select(items: list[dict], **wanted: Any) -> list[dict]:
-            return [item for item in items if item.items() >= wanted.items()]
-
         match [method, *path.split("/")[1:]]:
             case ["GET", "pulls"]:
-                return select(self.pulls, state=query["state"], label=query["head"])
+                answer = select(self.pulls, state=query["state"], label=query["head"])
             case ["GET", "issues", number, "comments"]:
-                return select(self.comments, pull=int(number))
+                answer = select(self.comments, pull=int(number))
             case ["POST", "issues", number, "comments"]:
                 url = f"https://github.example/team/classifier/pull/{number}"
-                comment = {"id": 1000 + len(self.comments), "pull": int(number), "html_url": url}
-                self.comments.append(comment | {"user": {"login": BOT}, **body})
-                return self.comments[-1]
+                answer = {"id": 1000 + len(self.comments), "pull": int(number), "html_url": url,
+                          "user": {"login": BOT}, **body}
+                self.comments.append(answer)
             case ["PATCH", "issues", "comments", number]:
-                [comment] = select(self.comments, id=int(number))
-                comment.update(body)
-                return comment
+                [answer] = select(self.comments, id=int(number))
+                answer.update(body)
             case ["GET", "actions", "workflows", name, "runs"]:
                 wanted = {key: query[key] for key in ("branch", "event", "status")}
-                runs = select(self.runs, workflow=name, **wanted)
-                return {"workflow_runs": runs[::-1]}
+                answer = {"workflow_runs": select(self.runs, workflow=name, **wanted)[::-1]}
             case ["GET", "actions", "runs", run, "artifacts"]:
                 artifacts = select(self.artifacts, run=int(run), name=query["name"])
-                return {"artifacts": artifacts}
+                answer = {"artifacts": artifacts}
             case ["GET", "actions", "artifacts", number, "zip"]:
-                return int(number)
-        raise KeyError(path)
+                answer = int(number)
+            case _:
+                raise KeyError(path)
+        return answer
+
+
+def select(items: list[dict], **wanted: Any) -> list[dict]:
+    return [item for item in items if item.items() >= wanted.items()]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -100,18 +101,22 @@ class _Handler(BaseHTTPRequestHandler):
         answer = github.request(method, path, query, body)
         if method in github.lossy:
             github.lossy.discard(method)
-            return self.reply(502)
-        if isinstance(answer, int):
+            self.reply(502)
+        elif isinstance(answer, int):
             store = github.url.replace("127.0.0.1", "localhost")
-            return self.reply(302, Location=f"{store}/store/{answer}")
-        links = {}
-        if isinstance(answer, list):
-            end = int(query.get("page", 1)) * PAGE_SIZE
-            if len(answer) > end:  # GitHub addresses the next page by the repository's id
-                next_page = f"{github.url}/repositories/1{path}?page={end // PAGE_SIZE + 1}"
-                links = {"Link": f'<{next_page}>; rel="next"'}
-            answer = answer[end - PAGE_SIZE:end]
-        self.reply(200, json.dumps(answer).encode(), **links)
+            self.reply(302, Location=f"{store}/store/{answer}")
+        elif isinstance(answer, list):
+            self.reply_page(answer, path, int(query.get("page", 1)))
+        else:
+            self.reply(200, json.dumps(answer).encode())
+
+    def reply_page(self, items: list[dict], path: str, page: int) -> None:
+        end = page * PAGE_SIZE
+        headers = {}
+        if len(items) > end:  # GitHub addresses the next page by the repository's id
+            next_page = f"{self.github.url}/repositories/1{path}?page={page + 1}"
+            headers["Link"] = f'<{next_page}>; rel="next"'
+        self.reply(200, json.dumps(items[end - PAGE_SIZE:end]).encode(), **headers)
 
     do_GET = do_POST = do_PATCH = handle_request
 

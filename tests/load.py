@@ -24,8 +24,9 @@ async def _post(session: aiohttp.ClientSession, url: str, item: dict, due: float
     for attempt in range(retries + 1):
         start = time.perf_counter()
         try:
-            async with session.post(url, json=item) as answer:
-                outcome = Outcome(due, 0, answer.status, await answer.read(), dict(answer.headers))
+            async with session.post(url, json=item) as response:
+                outcome = Outcome(due, 0, response.status, await response.read(),
+                                  dict(response.headers))
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             outcome = Outcome(due, 0, 0, repr(error))
         outcome.ms = 1000 * (time.perf_counter() - start)
