@@ -58,7 +58,8 @@ def load_results(run: Run) -> dict[str, dict]:
     results = {workload: run.json(workload) for workload in workloads}
     evaluation = EvaluateResults.model_validate(results["evaluate"])
     metrics = evaluation.model_dump(include={"overall", "per_class", "slices", "behavior"})
-    challenger = CandidateMetrics(version=1, run_id=run.run_id, p50_ms=5, p99_ms=9, size_mb=91, **metrics)
+    challenger = CandidateMetrics(
+        version=1, run_id=run.run_id, p50_ms=5, p99_ms=9, size_mb=91, **metrics)
     promotion = PromoteResults(
         model_name="m", decision="promoted", by="runner", reason="", dataset_loc="h",
         dataset_digest="h", policy={}, checks=[], challenger=challenger)
@@ -78,8 +79,8 @@ def test_comment_is_updated_and_artifacts_are_not_trusted(
         github.upload(run_id, "results", to_files(results))
     run = run_comment(github, tmp_path, 1)
     assert run.success, run.stdout
-    [*others, created] = map(dict, github.comments)
-    assert [comment["body"] for comment in others] == [body for _, body in OTHER_COMMENTS]
+    [*existing, created] = map(dict, github.comments)
+    assert [comment["body"] for comment in existing] == [body for _, body in OTHER_COMMENTS]
     assert created["body"].startswith(MARKER) and created["pull"] == 7
     f1 = f"**F1 {results['evaluate']['overall']['f1']:.3f}**"
     for text in (f1, "| main | difference |", "+0.000", "would promote", SHA[:10]):
@@ -114,13 +115,13 @@ def test_comment_is_updated_and_artifacts_are_not_trusted(
 
     assert run_comment(github, tmp_path, 5, conclusion="failure").success  # it has no results
     assert [comment["id"] for comment in github.comments] == [*range(1000, 1003), created["id"]]
-    assert github.comments[:-1] == others
+    assert github.comments[:-1] == existing
     for text in ("runs/105): failure", "no verdict"):
         assert text in github.comments[-1]["body"]
 
 
 class Traffic(threading.Thread):
-    """Asks the service five times a second until `ended`; `answers` are statuses and versions."""
+    """Sends an item five times a second until `ended`; `answers` are statuses and versions."""
 
     def __init__(self, service: Served, items: list[dict]) -> None:
         super().__init__(daemon=True)
@@ -133,8 +134,10 @@ class Traffic(threading.Thread):
                 return
             try:
                 item = self.items[i % len(self.items)]
-                status, body, _ = self.service.ask("/predict/", item)
-                self.answers.append((status, body["version"] if status == 200 else body))
+                response = self.service.post("/predict/", item)
+                status = response.status_code
+                answer = response.json()["version"] if status == 200 else response.text
+                self.answers.append((status, answer))
             except OSError as error:
                 self.answers.append((0, str(error)))
 
@@ -164,11 +167,11 @@ def test_whole_loop(github: FakeGitHub, tmp_path: Path) -> None:
     service rejects is rolled back; the next one is rolled out. The traffic drifts, the monitor
     alarms, the trigger retrains with new rows and the new model takes over. No request fails.
     """
-    origin, checkout, place = (tmp_path / name for name in ("origin", "checkout", "place"))
-    (place / "new").mkdir(parents=True)
+    origin, checkout, team = (tmp_path / name for name in ("origin", "checkout", "team"))
+    (team / "new").mkdir(parents=True)
     rest = create_origin(origin)
-    secrets = {"MADEWITHML_SHARED_URI": str(place / "shared"),
-               "MADEWITHML_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
+    secrets = {"MADEWITHML_SHARED_URI": str(team / "shared"),
+               "MADEWITHML_TRACKING_URI": f"sqlite:///{team}/mlflow.db"}
 
     def merge(number: int, options: str, url: str = "", before: dict | None = None) -> WorkflowRun:
         contexts = {"github": {"sha": f"{number:040x}", "run_id": number}, "secrets": secrets,
@@ -185,15 +188,16 @@ def test_whole_loop(github: FakeGitHub, tmp_path: Path) -> None:
     known = holdout[["title", "description"]].to_dict("records")
     offtopic = pd.read_csv(ROOT / "datasets" / "offtopic.csv").fillna("")
     config = '{"poll_interval_s": 0.5, "log_flush_interval_s": 1, "log_text": "keep"}'
-    options = ("--config", config, "--log-dir", str(place / "log"))
-    variables = secrets | {"MADEWITHML_STORAGE_DIR": str(place / "storage"), "PYTHONPATH": str(origin)}
-    with serving(Run(place), *options, **variables) as service:
+    options = ("--config", config, "--log-dir", str(team / "log"))
+    variables = secrets | {"MADEWITHML_STORAGE_DIR": str(team / "storage"),
+                           "PYTHONPATH": str(origin)}
+    with serving(Run(team), *options, **variables) as service:
         traffic = Traffic(service, known)
         traffic.start()
 
         def check_version(version: int) -> None:
-            served = service.ask("/version")[1]
-            assert served["version"] == version and served["rejected"] is None, served
+            info = service.get("/version").json()
+            assert info["version"] == version and info["rejected"] is None, info
 
         check_version(1)
         contexts = {"github": {"run_id": 101, "event_name": "pull_request"},  # no secrets
@@ -212,7 +216,7 @@ def test_whole_loop(github: FakeGitHub, tmp_path: Path) -> None:
         def remove_checksums() -> None:
             """The gate can read the model as before; the service serves no model without them."""
             train = json.loads((checkout / "results" / "main" / "train.json").read_text())
-            [checksums] = place.rglob(f"{train['run_id']}/artifacts/checkpoint/digests.json")
+            [checksums] = team.rglob(f"{train['run_id']}/artifacts/checkpoint/digests.json")
             checksums.unlink()
 
         promote = "Promote through the gate"
@@ -227,13 +231,13 @@ def test_whole_loop(github: FakeGitHub, tmp_path: Path) -> None:
         check_version(3)
 
         def monitor(items: list[dict], *, alarm: bool, decision: str, texts: tuple = ()) -> None:
-            """Sends the items, then checks what the monitor sees and decides."""
+            """Sends the items, then checks the monitor's alarm and the trigger's decision."""
             traffic.items = items
             for start in (0, 100):
-                assert service.ask("/predict/", items[start:start + 100])[0] == 200
+                service.predict(items[start:start + 100])
             time.sleep(6)  # the log is written once a second, and a new table has to settle
-            variables = {"MADEWITHML_LOG_DIR": str(place / "log"),
-                         "MADEWITHML_NEW_DATA": str(place / "new")}
+            variables = {"MADEWITHML_LOG_DIR": str(team / "log"),
+                         "MADEWITHML_NEW_DATA": str(team / "new")}
             contexts = {"secrets": secrets, "vars": variables}
             run = run_workflow("monitor.yaml", origin, checkout, github, {}, contexts)
             assert run.outcomes["Look"] == ("failure" if alarm else "success"), run.stdout
@@ -250,7 +254,7 @@ def test_whole_loop(github: FakeGitHub, tmp_path: Path) -> None:
         labeled = offtopic.head(40).assign(
             id=range(100_000, 100_040), created_on="2026-01-01", tag="other")
         new_rows = pd.concat([rest.sample(600, random_state=0), labeled])
-        new_rows.to_csv(place / "new" / "labeled.csv", index=False)
+        new_rows.to_csv(team / "new" / "labeled.csv", index=False)
         texts = ("2 consecutive window(s)", "drift", "Version 4 is the champion")
         monitor(drifted, alarm=True, decision="retrain", texts=texts)
         time.sleep(5)
@@ -258,11 +262,11 @@ def test_whole_loop(github: FakeGitHub, tmp_path: Path) -> None:
         traffic.ended.set()
         traffic.join()
         items = offtopic.tail(20).to_dict("records")
-        predictions = service.ask("/predict/", items)[1]["results"]
+        predictions = service.predict(items)["results"]
     failed = [answer for answer in traffic.answers if answer[0] != 200]
     assert traffic.answers and not failed, failed[:5]
     versions = itertools.groupby(version for _, version in traffic.answers)
     assert [version for version, _ in versions] == [1, 3, 4]
-    others = [prediction["prediction"] for prediction in predictions].count("other")
-    assert others >= 15, predictions  # the other rows of the topic have taught it
+    num_other = [prediction["prediction"] for prediction in predictions].count("other")
+    assert num_other >= 15, predictions  # it was retrained on other rows of this topic
     print(f"{len(traffic.answers)} requests, all answered, by versions 1, 3 and 4")
