@@ -9,7 +9,12 @@ from pyarrow import parquet
 from madewithml.config import ServeConfig
 from madewithml.models import build_classifier, load_tokenizer, save_classifier, set_seed
 from madewithml.serve import PredictionService, create_app
-from madewithml.tracking import CHECKPOINT, fetch_checkpoint, get_or_create_experiment, mlflow_client
+from madewithml.tracking import (
+    CHECKPOINT,
+    fetch_checkpoint,
+    get_or_create_experiment,
+    mlflow_client,
+)
 from madewithml.utils import get_logger, temporary_storage
 
 LABELS = ("computer-vision", "mlops", "natural-language-processing", "other")
