@@ -20,7 +20,7 @@ help: ## show this list
 
 install: $(EXTRAS:%=$(STAMP)-%) ## make .venv with every package of the lock; the targets below install only what they need
 
-$(STAMP): requirements.lock settings.ini setup.py pyproject.toml tools/install.py
+$(STAMP): requirements.lock settings.ini setup.py tools/install.py
 	@$(PYTHON) tools/install.py $(VENV) --torch-backend $(TORCH_BACKEND)
 	@touch $@
 
