@@ -20,7 +20,7 @@ help: ## show this list
 
 install: $(EXTRAS:%=$(STAMP)-%) ## make .venv with every package of the lock; the targets below install only what they need
 
-$(STAMP): requirements.lock settings.ini setup.py pyproject.toml tools/install.py
+$(STAMP): requirements.lock settings.ini setup.py tools/install.py
 	@$(PYTHON) tools/install.py $(VENV) --torch-backend $(TORCH_BACKEND)
 	@touch $@
 
@@ -35,6 +35,7 @@ lint: $(STAMP)-dev $(STAMP)-lint ## style, types and spelling of the code, noteb
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --baseline tools/types.json
 	@$(BIN)/codespell
+	@$(BIN)/shellcheck madewithml/scripts/*.sh
 	@$(BIN)/python tools/check.py
 
 nb: $(STAMP)-dev ## the tests of one notebook: make nb NB=24_train

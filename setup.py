@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+FOLDERS = {"madewithml.workloads": "nbs/workloads", "madewithml.datasets": "datasets"}
 root = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(root / "settings.ini", encoding="utf-8")
@@ -23,10 +24,14 @@ setup(
     url=settings["git_url"],
     license="MIT",
     keywords=settings["keywords"],
-    # The workload notebooks and the embedded tables travel inside the package, from where they already lie.
-    packages=[*find_packages(include=["madewithml", "madewithml.*"]), "madewithml.workloads", "madewithml.datasets"],
-    package_dir={"madewithml.workloads": "nbs/workloads", "madewithml.datasets": "datasets"},
-    package_data={"madewithml": ["static/*", "scripts/*", "py.typed"], "madewithml.workloads": ["*.ipynb"], "madewithml.datasets": ["*.csv", "*.md"]},
+    # The wheel contains the workload notebooks and the embedded tables.
+    packages=[*find_packages(include=["madewithml", "madewithml.*"]), *FOLDERS],
+    package_dir=FOLDERS,
+    package_data={
+        "madewithml": ["static/*", "scripts/*", "py.typed"],
+        "madewithml.workloads": ["*.ipynb"],
+        "madewithml.datasets": ["*.csv", "*.md"],
+    },
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={name: settings[f"{name}_requirements"].split() for name in extras},

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SINGLE_WORKER', 'freeze_layers', 'parameter_groups', 'linear_probe_init', 'compute_class_weights',
-           'get_class_weights', 'WorkerContext', 'FineTuner', 'train_epoch', 'fit_temperature', 'apply_temperature',
-           'evaluate_epoch', 'select_epoch', 'should_stop', 'train_epochs', 'total_steps', 'fine_tune']
+           'get_class_weights', 'training_loss', 'WorkerContext', 'FineTuner', 'train_epoch', 'fit_temperature',
+           'apply_temperature', 'evaluate_epoch', 'select_epoch', 'should_stop', 'train_epochs', 'total_steps',
+           'fine_tune']
 
 # %% ../nbs/21_finetune.ipynb #15079bef
 import time
@@ -163,6 +164,17 @@ def get_class_weights(
     if not config.class_weights: return None
     return compute_class_weights(train.labels, model.config.num_labels)
 
+# %% ../nbs/21_finetune.ipynb #65a59721
+def training_loss(
+    logits:torch.Tensor, # (rows, labels)
+    labels:torch.Tensor, # label id of each row
+    config:TrainConfig, # hyperparameters
+    class_weights:torch.Tensor|None=None, # weight of each label
+) -> torch.Tensor:
+    "Loss of each row, which training minimizes the mean of."
+    return cross_entropy(logits.float(), labels, class_weights, reduction="none",
+                         label_smoothing=config.label_smoothing)
+
 # %% ../nbs/21_finetune.ipynb #a0423e53
 @dataclass(frozen=True)
 class WorkerContext:
@@ -217,8 +229,7 @@ class FineTuner:
         labels = torch.from_numpy(train.labels[rows]).to(self.model.device)
         with autocast(self.precision, self.model.device):
             logits = self.parallel_model(**inputs).logits
-        row_losses = cross_entropy(logits.float(), labels, self.class_weights, reduction="none",
-                                   label_smoothing=self.config.label_smoothing)
+        row_losses = training_loss(logits, labels, self.config, self.class_weights)
         loss = row_losses.sum() * self.worker.world_size / batch_size
         loss.backward()
         nn.utils.clip_grad_norm_(self.trainable_parameters, self.config.max_grad_norm)

@@ -12,8 +12,8 @@ import mistune
 import pandas as pd
 import pytest
 
-from madewithml.pr_comment import MARKER
 from madewithml.data import stratified_split
+from madewithml.github_api import MARKER
 from madewithml.schemas import CandidateMetrics, EvaluateResults, PromoteResults
 
 from ..actions import WorkflowRun, run_workflow
@@ -95,7 +95,7 @@ def test_comment_is_updated_and_artifacts_are_not_trusted(
     github.upload(102, "results", to_files(worse))
     assert run_comment(github, tmp_path, 2).success
     body = github.comments[-1]["body"]
-    for text in ("**F1 0.250**", "would refuse", "| weighted F1 | 0.250 |"):
+    for text in ("**F1 0.250**", "would reject", "| weighted F1 | 0.250 |"):
         assert text in body
     render = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url"])
     html = render(body)
@@ -106,17 +106,17 @@ def test_comment_is_updated_and_artifacts_are_not_trusted(
     github.upload(103, "results", to_files(results) | {"../../.bashrc": "x"})
     run = run_comment(github, tmp_path, 3)
     assert run.outcomes["Comment"] == "failure", run.stdout
-    message = "Check failed: The artifact is rejected: it holds '../../.bashrc'"
-    assert message in run.stdout["Comment"]
+    reason = "The artifact is rejected: it contains the unexpected file '../../.bashrc'"
+    assert f"Check failed: {reason}" in run.stdout["Comment"]
     run = run_comment(github, tmp_path, 4, head_sha="0" * 40)  # there is a newer commit
-    assert run.success and "nothing to say" in run.stdout["Comment"], run.stdout
+    assert run.success and "no comment" in run.stdout["Comment"], run.stdout
     assert run_comment(github, tmp_path, 4, event="push").outcomes == {}
     assert github.comments[-1]["body"] == body
 
     assert run_comment(github, tmp_path, 5, conclusion="failure").success  # it has no results
     assert [comment["id"] for comment in github.comments] == [*range(1000, 1003), created["id"]]
     assert github.comments[:-1] == existing
-    for text in ("runs/105): failure", "no verdict"):
+    for text in ("runs/105): failure", "not evaluated"):
         assert text in github.comments[-1]["body"]
 
 
