@@ -30,7 +30,8 @@ MISTAKES = {
     "no workload": (["submit", "no-such-workload"], "There is no workload"),
     "no cluster up": (["cluster", "status"], "No cluster was started"),
     "workload option": (["workload", "train", "--", "--epochs", "2"], "has no option '--epochs'"),
-    "workload value": (["workload", "train", "--", "--num-epochs", "0"], "num_epochs: Input should"),
+    "workload value": (
+        ["workload", "train", "--", "--num-epochs", "0"], "num_epochs: Input should"),
     "no GitHub token": (["pr-comment", "--event", "event.json"],
                         "The environment variable 'GITHUB_TOKEN' is missing"),
 }
@@ -78,7 +79,8 @@ def test_invalid_option(args: list[str], reason: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("args", "reason"), [
-    *(pytest.param(*SLOW_MISTAKES[name], id=name, marks=pytest.mark.slow) for name in SLOW_MISTAKES),
+    *(pytest.param(*mistake, id=name, marks=pytest.mark.slow)
+      for name, mistake in SLOW_MISTAKES.items()),
     *(pytest.param(*MISTAKES[name], id=name) for name in MISTAKES)])
 def test_mistake_is_one_line(args: list[str], reason: str, tmp_path: Path) -> None:
     done = fork_cli(*args, cwd=tmp_path)

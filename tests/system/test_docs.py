@@ -222,7 +222,8 @@ def run_block(block: Block, text: str, folder: Path, env: dict[str, str]) -> tup
                           stderr=subprocess.STDOUT, text=True, timeout=600, check=False)
     code = re.match(r"exit (\d+)", block.test)
     good = done.returncode == (int(code[1]) if code else 0)
-    return done.stdout, "" if good else f"{block} ended with {done.returncode}:\n{text}\n{done.stdout}"
+    problem = f"{block} ended with {done.returncode}:\n{text}\n{done.stdout}"
+    return done.stdout, "" if good else problem
 
 
 def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
@@ -326,7 +327,7 @@ def is_good_address(link: str) -> bool:
 
 
 def test_links_hold(site: Path, pages: dict[str, Page]) -> None:
-    """Every link inside the site finds its page and its id there. Nothing is loaded from elsewhere."""
+    """Every link inside the site finds its page and its id. Nothing is loaded from elsewhere."""
     broken = []
     for name, page in pages.items():
         for link in page.links | page.loads:
@@ -380,7 +381,7 @@ def test_every_exported_name_is_in_the_reference(pages: dict[str, Page], path: P
             continue
         assert f"madewithml.{path.stem}.{node.name}" in page.ids
         assert any(link.endswith(f"#code-{node.name}") for link in page.links), node.name
-        if isinstance(node, ast.FunctionDef) and path.stem != "cli":  # whose options have their page
+        if isinstance(node, ast.FunctionDef) and path.stem != "cli":  # its options have a page
             for argument in [*node.args.args, *node.args.kwonlyargs]:
                 own_line = argument.lineno != node.lineno
                 comment = comments.get(argument.end_lineno, "") if own_line else ""
