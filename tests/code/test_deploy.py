@@ -1,4 +1,5 @@
 """The files of `deploy/`: read by the programs that use them, and held to rules of our own."""
+import ast
 import json
 import re
 import subprocess
@@ -301,8 +302,8 @@ def test_build_context_is_what_is_copied() -> None:
     assert all((ROOT / name).exists() for name in copied)
     files = [ROOT / name for name in ("setup.py", "pyproject.toml")]
     setup = "".join(path.read_text(encoding="utf-8") for path in files)
-    [package_dir] = re.findall(r"package_dir=(\{.+\})", setup)
-    sources = {*re.findall(r'root / "([^"]+)"', setup), *json.loads(package_dir).values()}
+    [folders] = re.findall(r"FOLDERS = (\{.+?\})", setup, re.S)
+    sources = {*re.findall(r'root / "([^"]+)"', setup), *ast.literal_eval(folders).values()}
     assert sources | {read_settings()["lib_name"], "setup.py", "pyproject.toml"} <= copied
 
 
