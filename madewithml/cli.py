@@ -151,9 +151,9 @@ def run(
     # An invalid table is reported before torch and Ray are imported.
     from madewithml.data import read_labeled_table
     if dataset_loc is not None:
-        read_labeled_table(dataset_loc, min_rows=2)
+        read_labeled_table(dataset_loc)
     if run_options.holdout_loc is not None:
-        read_labeled_table(run_options.holdout_loc, min_rows=1)
+        read_labeled_table(run_options.holdout_loc, min_labels=1)
     if dataset_loc is None:
         dataset_loc = str(bundled_dir("datasets") / "dataset.csv")
         run_options = _with_embedded_tables(run_options)

@@ -79,6 +79,9 @@ class Settings(BaseSettings):
     text_columns: tuple[str, ...] = Field(("title", "description"), min_length=1,
         description="columns that the model reads, in this order")
     label_column: str = Field("tag", description="column that the model predicts")
+    encoding: str = Field("", description="encoding of text files; empty: detected")
+    csv_columns: tuple[str, ...] = Field((),
+        description="names of the columns of CSV files without a header; empty: detected")
     encoder: str = Field("embedded",
         description="encoder: 'embedded', a Hugging Face id or a directory")
     max_length: _MaxLength = Field(128,

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .config import CheckFailed, UserError, get_settings, package_dir
-from .data import read_table, table_hash
+from .data import read_table
+from .tables import table_hash
 from .schemas import ExpectationResult, ValidateResults
 from .utils import atomic_path
 

@@ -19,9 +19,10 @@ from pyarrow import parquet
 
 from .config import UserError, bundled_dir, get_settings
 from .data import (build_texts, read_labeled_table, stratified_sample, stratified_split,
-                             table_hash, tokenize)
+                             tokenize)
 from .models import (class_names, forward_batches, load_classifier, model_max_length,
                                softmax)
+from .tables import table_hash
 from .tracking import fetch_checkpoint, get_run, mlflow_client
 from .utils import get_logger
 
@@ -120,7 +121,7 @@ def load_run_data(
     if holdout_loc is None:
         rows, holdout = stratified_split(rows, float(params.get("val_size")), seed)
     else:
-        holdout = read_labeled_table(holdout_loc, min_rows=1)
+        holdout = read_labeled_table(holdout_loc, min_labels=1)
     sample_seed = get_settings().seed
     train, holdout = (stratified_sample(part, _MAX_ROWS, sample_seed) for part in (rows, holdout))
     return train, holdout

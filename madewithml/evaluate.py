@@ -22,11 +22,12 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.pipeline import Pipeline, make_pipeline
 
 from .config import CheckFailed, Settings, UserError, bundled_dir, get_settings
-from .data import build_texts, read_labeled_table, read_table, table_hash
+from .data import build_texts, read_labeled_table, read_table
 from .models import class_names, load_classifier, predict_proba
 from .schemas import (
     BehavioralTestResult, CalibrationBin, ClassificationMetrics, EvaluateResults,
     Misclassification, OverallMetrics)
+from .tables import table_hash
 from .tracking import fetch_checkpoint
 
 # %% ../nbs/30_evaluate.ipynb #808716d9
@@ -318,7 +319,7 @@ def evaluate_model(
     precision:str="auto", # 'auto', 'bf16' or 'fp32'
 ) -> EvaluateResults:
     "Evaluates a run's classifier on a table. Raises: UserError."
-    rows = read_labeled_table(dataset_loc, min_rows=1)
+    rows = read_labeled_table(dataset_loc, min_labels=1)
     model, tokenizer = load_classifier(fetch_checkpoint(run_id))
     names = class_names(model)
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from pyarrow import fs
 
 from .config import UserError, get_settings
-from .data import table_format
+from .tables import has_table_suffix
 from .storage import copy_tree, exists, persistent_uri, resolve_uri
 from .utils import atomic_path, content_hash, write_json
 
@@ -28,10 +28,7 @@ def is_table(
 ) -> bool:
     "Whether the name is that of a finished table."
     if any(part.startswith((".", "_")) for part in path.split("/")): return False
-    try:
-        table_format(path)
-    except UserError:
-        return False
+    if not has_table_suffix(path): return False
     return not _TEMPORARY_NAME.search(path.rsplit("/", 1)[-1])
 
 # %% ../nbs/63_ingest.ipynb #dd361040

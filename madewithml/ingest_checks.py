@@ -19,7 +19,7 @@ import numpy as np, pandas as pd
 from scipy.stats import binom, binomtest
 
 from .config import TriggerPolicy, UserError, bundled_dir, get_settings
-from .data import build_texts, normalized_key, read_labeled_table, read_table, table_hash
+from .data import build_texts, normalized_key, read_labeled_table, read_table
 from .data_validation import (add_measured_columns, id_and_timestamp_expectations,
                                         label_expectations, run_expectations, table_expectations,
                                         text_expectations, to_expectation)
@@ -27,6 +27,7 @@ from .ingest import NewTable
 from .predict import Predictor
 from .registry import get_aliases, resolve_alias
 from .schemas import ExpectationResult, IngestResult, read_results, write_results
+from .tables import table_hash, write_csv
 from .tracking import fetch_checkpoint, get_run
 from .utils import atomic_path, content_hash, write_json
 
@@ -235,7 +236,7 @@ def read_accepted_rows(
     state_dir:Path, # the trigger's state
 ) -> pd.DataFrame:
     "The rows that the table contributes."
-    return read_labeled_table(state_dir / "batches" / f"{digest}.rows.csv", min_rows=1)
+    return read_labeled_table(state_dir / "batches" / f"{digest}.rows.csv", min_labels=1)
 
 # %% ../nbs/64_ingest_checks.ipynb #2f8732b0
 def _read_rows(table: NewTable) -> pd.DataFrame:
@@ -278,7 +279,7 @@ def _accept(result: IngestResult, rows: pd.DataFrame, replaced: list[IngestResul
             state_dir: Path) -> IngestResult:
     "Stores the rows and the result, and rejects the versions that the table replaces."
     with atomic_path(state_dir / "batches" / f"{result.digest}.rows.csv") as temporary:
-        rows.to_csv(temporary, index=False)
+        write_csv(rows, temporary)
     for old in replaced:
         reason = "replaced by a newer version of the file"
         save_ingest_result(old.model_copy(update={"status": "rejected", "reason": reason}),
@@ -365,7 +366,7 @@ def build_training_table(
     if _is_built(path): return path
     rows, counts = merge_tables(root_loc, digests, state_dir)
     with atomic_path(path) as temporary:
-        rows.to_csv(temporary, index=False)
+        write_csv(rows, temporary)
         write_json(path.with_suffix(".json"), {
             "root": str(root_loc), "root_digest": root_digest, "batches": digests,
             "digest": content_hash(temporary),

@@ -21,9 +21,10 @@ from papermill.exceptions import PapermillExecutionError
 from madewithml.config import (CheckFailed, RunOptions, TrainOptions, TuneOptions, UserError,
     bundled_dir, get_settings, package_dir, parse_train_options, parse_tune_options,
     workload_path)
-from .data import read_labeled_table, resolve_file, stratified_split, table_hash
+from .data import read_labeled_table, stratified_split
 from .report import write_report
 from .storage import copy_tree, exists, persistent_uri
+from .tables import list_table_files, table_hash, write_csv
 from .utils import atomic_path, content_hash, get_logger, temporary_env, write_json
 
 # %% ../nbs/71_pipeline.ipynb #f794ddee
@@ -178,14 +179,14 @@ def _workload_session(folder: Path, address: str|None, dashboard: bool = False) 
 def _resolve_tables(dataset_loc: str, holdout_loc: str|None, folder: Path) -> tuple[str, str]:
     "Training table and holdout; without the latter, a fixed fifth of the former is held out."
     if holdout_loc is not None:
-        resolve_file(holdout_loc)
+        list_table_files(holdout_loc)
         read_labeled_table(dataset_loc)  # report an invalid table before anything starts
         return dataset_loc, holdout_loc
     paths = folder / "split" / "train.csv", folder / "split" / "holdout.csv"
-    parts = stratified_split(read_labeled_table(dataset_loc, min_rows=3), 0.2)
+    parts = stratified_split(read_labeled_table(dataset_loc), 0.2)
     for path, part in zip(paths, parts, strict=True):
         with atomic_path(path) as temporary:
-            part.to_csv(temporary, index=False)
+            write_csv(part, temporary)
     return str(paths[0]), str(paths[1])
 
 # %% ../nbs/71_pipeline.ipynb #5f57e5a2
@@ -208,7 +209,7 @@ def run_pipeline(
     folder = get_settings().results_dir / run.run_name
     dataset, holdout = _resolve_tables(str(dataset_loc), run.holdout_loc, folder)
     predict_loc = run.predict_loc or holdout
-    resolve_file(predict_loc)
+    list_table_files(predict_loc)
 
     def trained_run_id() -> str:
         return json.loads((folder / "train.json").read_text())["run_id"]

@@ -16,14 +16,16 @@ from typing import Any
 
 from .ray_session import ray, ray_session
 import numpy as np, pyarrow as pa, torch
-from pyarrow import csv, fs, parquet
 
 from .config import UserError, get_settings
-from .data import as_user_errors, build_texts, join_text, stream_table, table_format
+from .data import (
+    as_user_errors, join_text, open_table_to_predict, stream_table, table_texts)
 from .models import class_names, load_classifier, predict_proba, resolve_precision
 from .schemas import PredictResults
-from .storage import resolve_uri
+from .tables import (
+    TableReader, check_output_schema, open_table_writer, output_format)
 from .tracking import fetch_checkpoint
+from .utils import get_logger
 
 # %% ../nbs/31_predict.ipynb #ca6129a4
 def labels_with_fallback(
@@ -82,6 +84,11 @@ class Predictor:
         return format_predictions(self.predict_proba(texts), self.labels, threshold)
 
 # %% ../nbs/31_predict.ipynb #e1d6e7c8
+def _prediction_columns(names: list[str]) -> list[str]:
+    "The columns that an earlier prediction added."
+    return [name for name in names
+            if name in ("prediction", "confidence") or name.startswith("probability_")]
+
 class _BatchPredictor:
     "An actor of the pool: adds prediction, confidence and probabilities to a block."
 
@@ -95,37 +102,16 @@ class _BatchPredictor:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         names = self.predictor.labels
-        probabilities = self.predictor.predict_proba(build_texts(table.to_pandas()))
+        probabilities = self.predictor.predict_proba(table_texts(table))
         predictions = labels_with_fallback(probabilities, names, self.threshold)
         columns = {"prediction": pa.array(predictions, pa.string()),
                    "confidence": pa.array(probabilities.max(1).astype(np.float32))}
         for i, name in enumerate(names):
             columns[f"probability_{name}"] = pa.array(probabilities[:, i].astype(np.float32))
+        table = table.drop_columns(_prediction_columns(table.column_names))
         for name, values in columns.items():
             table = table.append_column(name, values)
         return table
-
-# %% ../nbs/31_predict.ipynb #53dd0df6
-@contextmanager
-def _table_writer(output: str|Path, schema: pa.Schema) -> Iterator[Any]:
-    "A CSV or Parquet writer; the file appears under its name when it is complete."
-    kind = table_format(output)
-    if kind == "json":
-        raise UserError(f"{output}: predictions are written as CSV or Parquet.")
-    create_writer = csv.CSVWriter if kind == "csv" else parquet.ParquetWriter
-    filesystem, path = resolve_uri(output)
-    if isinstance(filesystem, fs.LocalFileSystem):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with (filesystem.open_output_stream(temporary) as file,
-              create_writer(file, schema) as writer):
-            yield writer
-        filesystem.move(temporary, path)
-    except BaseException:
-        if filesystem.get_file_info(temporary).type == fs.FileType.File:
-            filesystem.delete_file(temporary)
-        raise
 
 # %% ../nbs/31_predict.ipynb #228f36d1
 @contextmanager
@@ -154,11 +140,11 @@ def _drop_stderr_lines(text: str) -> Iterator[None]:
 # %% ../nbs/31_predict.ipynb #f18107e0
 _ACTOR_POOL_MESSAGE = "ray-project/ray/issues/53727"
 
-def _predicted_blocks(files: dict[str, bytes], dataset_loc: str|Path, threshold: float,
+def _predicted_blocks(files: dict[str, bytes], reader: TableReader, threshold: float,
                       num_workers: int|None, batch_size: int, precision: str) -> Iterator[pa.Table]:
     "Blocks of the table in order, with predictions."
     num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    dataset = stream_table(dataset_loc).map_batches(
+    dataset = stream_table(reader).map_batches(
         _BatchPredictor, fn_constructor_args=(ray.put(files), precision, threshold),
         batch_format="pyarrow", batch_size=batch_size, num_cpus=0.9, concurrency=num_workers)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
@@ -176,12 +162,24 @@ class _Summary:
         self.confidence += float(np.sum(block["confidence"].to_numpy()))
         self.num_rows += block.num_rows
 
+# %% ../nbs/31_predict.ipynb #a5bca0cb
+def _open_for_prediction(dataset_loc: str|Path, output: str|Path) -> TableReader:
+    "The table to predict; what was guessed or will be replaced is reported. Raises: UserError."
+    output_format(output)
+    reader = open_table_to_predict(dataset_loc)
+    check_output_schema(output, reader.schema)
+    replaced = _prediction_columns(reader.schema.names)
+    if replaced:
+        get_logger().warning(f"{dataset_loc}: the columns of an earlier prediction are replaced: "
+                             f"{', '.join(replaced)}.")
+    return reader
+
 # %% ../nbs/31_predict.ipynb #a5bca0cc
 def predict_table_from_dir(
     folder:str|Path, # checkpoint
     run_id:str, # recorded in the results
-    dataset_loc:str|Path, # table with the text columns: path or URI of CSV, Parquet or JSON lines
-    output:str|Path, # table to write, CSV or Parquet by its suffix
+    dataset_loc:str|Path, # table with the text columns, see `tables.list_table_files`
+    output:str|Path, # CSV, Parquet or JSON lines by its suffix
     threshold:float|None=None, # see `labels_with_fallback`
     num_workers:int|None=None, # actors of the pool; None: the number of CPUs
     batch_size:int=1024, # rows of a block
@@ -191,15 +189,16 @@ def predict_table_from_dir(
     begin = time.perf_counter()
     if threshold is None:
         threshold = get_settings().min_confidence
+    reader = _open_for_prediction(dataset_loc, output)
     files = {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
     summary = _Summary()
-    with ray_session(), _drop_stderr_lines(_ACTOR_POOL_MESSAGE), as_user_errors(dataset_loc):
+    with ray_session(), _drop_stderr_lines(_ACTOR_POOL_MESSAGE), as_user_errors():
         blocks = _predicted_blocks(
-            files, dataset_loc, threshold, num_workers, batch_size, precision)
+            files, reader, threshold, num_workers, batch_size, precision)
         first = next(blocks, None)
         if first is None or not first.num_rows:
             raise UserError(f"{dataset_loc}: the table has no rows.")
-        with _table_writer(output, first.schema) as writer:
+        with open_table_writer(output, first.schema) as writer:
             for block in chain([first], blocks):
                 writer.write_table(block.cast(first.schema))
                 summary.add(block)

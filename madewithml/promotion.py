@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np, pandas as pd
 
 from .config import UserError, bundled_dir, get_settings, load_promotion_policy
-from .data import build_texts, read_labeled_table, table_hash
+from .data import build_texts, read_labeled_table
 from .evaluate import (evaluate_predictions, read_behavioral_tests, run_behavioral_tests,
                                  weighted_f1)
 from .gate import evaluate_gate
 from .predict import Predictor
 from .registry import alias_lock, get_aliases, promote_challenger, resolve_alias
 from .schemas import CandidateMetrics, PolicyCheck, PromoteResults
+from .tables import table_hash
 from .tracking import current_user, fetch_checkpoint, mlflow_client
 
 # %% ../nbs/42_promotion.ipynb #47768f5a
@@ -149,7 +150,7 @@ def promote_model(
     name = name or get_settings().registry_name
     policy = load_promotion_policy(policy_loc)
     dataset_loc = dataset_loc or bundled_dir("datasets") / "holdout.csv"
-    rows = read_labeled_table(dataset_loc, min_rows=1)
+    rows = read_labeled_table(dataset_loc, min_labels=1)
     aliases = get_aliases(name)
     versions = [(version, run_id, fetch_checkpoint(run_id))
                 for version, run_id in _compared_versions(name, aliases)]

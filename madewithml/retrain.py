@@ -93,7 +93,7 @@ def validate_new_tables(
     "The stored result of each new table."
     if not new_tables: return []
     champion = champion_predictor(model_name)
-    holdout = read_labeled_table(tables.holdout_loc, min_rows=1)
+    holdout = read_labeled_table(tables.holdout_loc, min_labels=1)
     results = []
     for table in new_tables:
         baseline = IngestBaseline(_rows_to_train_on(tables, state_dir), holdout, champion)

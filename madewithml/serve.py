@@ -250,7 +250,7 @@ def load_allowed_table(
     if path.stat().st_size > _MAX_TABLE_BYTES:
         raise RequestRejected(413, "The table is larger than 100 MB.")
     try:
-        rows = read_labeled_table(path, min_rows=1)
+        rows = read_labeled_table(path, min_labels=1)
     except UserError as error:
         raise UserError(str(error).replace(str(path), "The table")) from None
     if len(rows) > config.max_rows:

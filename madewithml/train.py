@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 from .config import TrainOptions, UserError, get_settings
 from .data import (RaggedTokens, build_label2id, build_texts, read_labeled_table,
-    stratified_sample, stratified_split, table_hash, tokenize)
+    stratified_sample, stratified_split, tokenize)
 from .finetune import select_epoch
 from .models import check_max_length, load_tokenizer, resolve_precision
 from .plots import plot_history
 from .schemas import EpochMetrics, TrainResults
 from .storage import exists, persistent_uri, remove_tree, resolve_uri
+from .tables import table_hash
 from .tracking import (CHECKPOINT, create_run, get_or_create_experiment,
     log_best_metrics, mlflow_client)
 from .train_job import TrainJob, worker_entrypoint
