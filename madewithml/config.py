@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator)
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # %% ../nbs/00_config.ipynb #2d269186
 class UserError(Exception):
@@ -54,10 +55,19 @@ def working_dir() -> Path:
     root = repo_root()
     return root if root and current.is_relative_to(root / "nbs") else current
 
-# %% ../nbs/00_config.ipynb #1a4d2350
+# %% ../nbs/00_config.ipynb #1a4d234f
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 _MaxLength = Annotated[int, Field(ge=8, le=8192)]
 
+def _split_names(value: Any) -> Any:
+    "Names as a JSON list, or separated by commas."
+    if not isinstance(value, str): return value
+    if value.lstrip().startswith("["): return json.loads(value)
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+_Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names)]
+
+# %% ../nbs/00_config.ipynb #1a4d2350
 class Settings(BaseSettings):
     "Paths, column names and defaults, read from `.env` and `MADEWITHML_*`."
     model_config = SettingsConfigDict(
@@ -76,11 +86,11 @@ class Settings(BaseSettings):
     experiment_name: str = Field("madewithml", description="MLflow experiment of the runs")
     id_column: str = Field("id", description="column that identifies a row")
     timestamp_column: str = Field("created_on", description="column with a row's creation time")
-    text_columns: tuple[str, ...] = Field(("title", "description"), min_length=1,
+    text_columns: _Names = Field(("title", "description"), min_length=1,
         description="columns that the model reads, in this order")
     label_column: str = Field("tag", description="column that the model predicts")
     encoding: str = Field("", description="encoding of text files; empty: detected")
-    csv_columns: tuple[str, ...] = Field((),
+    csv_columns: _Names = Field((),
         description="names of the columns of CSV files without a header; empty: detected")
     encoder: str = Field("embedded",
         description="encoder: 'embedded', a Hugging Face id or a directory")

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .config import CheckFailed, UserError, get_settings, package_dir
-from .data import read_table
+from .data import normalize_label, read_table
 from .tables import table_hash
-from .schemas import ExpectationResult, ValidateResults
+from .schemas import ExpectationResult, Severity, ValidateResults
 from .utils import atomic_path
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def _age(timestamp_column: str) -> str:
 def _word_counts(texts: pd.Series) -> pd.Series:
     return texts.map(lambda text: len(str(text).split()), na_action="ignore").astype(float)
 
-def _strip_labels(labels: pd.Series) -> pd.Series:
-    return labels.map(lambda label: label.strip() if isinstance(label, str) else label)
+def _normalize_labels(labels: pd.Series) -> pd.Series:
+    "Labels as reading for training gives them; None where there is none."
+    return labels.map(lambda label: None if pd.isna(label) else normalize_label(str(label)) or None)
 
 # %% ../nbs/11_data_validation.ipynb #a3b5ac11
 def _label_counts(labels: pd.Series) -> pd.Series:
@@ -71,7 +72,7 @@ def add_measured_columns(
             frame[_words(column)] = _word_counts(frame[column])
     label = settings.label_column
     if label in frame:
-        frame[label] = _strip_labels(frame[label]).astype(object)
+        frame[label] = _normalize_labels(frame[label]).astype(object)
         frame[_rows_with(label)] = _label_counts(frame[label])
     timestamp = settings.timestamp_column
     if timestamp in frame:
@@ -87,6 +88,7 @@ class ExpectationSpec:
     kwargs: dict[str, Any]  # arguments of the class
     example_columns: tuple[str, ...] = ()  # shown for a row with an unexpected value
     observed: str = ""  # observed value, for an expectation about the whole table
+    severity: Severity = "error"  # 'error', 'warning' or 'info'
 
 # %% ../nbs/11_data_validation.ipynb #c2a6fb7b
 def column_expectation(
@@ -94,12 +96,13 @@ def column_expectation(
     kind:str, # class in `great_expectations.expectations`, without 'ExpectColumnValuesTo'
     column:str, # column that must meet it
     *example_columns:str, # shown for a row with an unexpected value; none: the column itself
+    severity:Severity="error", # 'error', 'warning' or 'info'
     **kwargs:Any, # further arguments of the class
 ) -> ExpectationSpec:
     "An expectation about each value of a column."
     kwargs = {"column": column, **kwargs}
-    return ExpectationSpec(
-        name, f"ExpectColumnValuesTo{kind}", kwargs, example_columns or (column,))
+    return ExpectationSpec(name, f"ExpectColumnValuesTo{kind}", kwargs,
+                           example_columns or (column,), severity=severity)
 
 # %% ../nbs/11_data_validation.ipynb #b3d9af28
 def table_expectations(
@@ -109,8 +112,7 @@ def table_expectations(
 ) -> list[ExpectationSpec]:
     "Expectations about the table as a whole."
     configured = get_settings().columns
-    first = [name for name in configured if name in columns or name in required]
-    others = [name for name in frame if name not in configured]
+    names = [name for name in configured if name in required]
     absent = [name for name in configured if name not in columns]
     observed = f"found: {', '.join(columns)}"
     if absent:
@@ -118,18 +120,22 @@ def table_expectations(
     return [
         ExpectationSpec("the table has rows", "ExpectTableRowCountToBeBetween",
                         {"min_value": 1}, observed=str(len(frame))),
-        ExpectationSpec(f"the first columns are {', '.join(first)}",
-                        "ExpectTableColumnsToMatchOrderedList",
-                        {"column_list": first + others}, observed=observed)]
+        ExpectationSpec(f"the table has the columns {', '.join(names)}",
+                        "ExpectTableColumnsToMatchSet",
+                        {"column_set": names, "exact_match": False}, observed=observed)]
 
 # %% ../nbs/11_data_validation.ipynb #9b0f33a0
-def _single_text_expectations(column: str, min_words: int, max_words: int) -> list[ExpectationSpec]:
-    words = f"{min_words} to {max_words}" if min_words else f"at most {max_words}"
-    return [
-        column_expectation(f"'{column}' is text", "BeOfType", column, type_="str"),
-        column_expectation(f"'{column}' is not missing", "NotBeNull", column),
-        column_expectation(f"'{column}' has {words} words", "BeBetween", _words(column),
-                           column, _words(column), min_value=min_words, max_value=max_words)]
+def _single_text_expectations(column: str, is_first: bool, max_words: int) -> list[ExpectationSpec]:
+    specs = []
+    if is_first:
+        specs = [
+            column_expectation(f"'{column}' is not missing", "NotBeNull", column,
+                               severity="warning"),
+            column_expectation(f"'{column}' has a word", "BeBetween", _words(column), column,
+                               min_value=1, severity="warning")]
+    return [*specs, column_expectation(
+        f"'{column}' has at most {max_words} words", "BeBetween", _words(column), column,
+        _words(column), max_value=max_words, severity="warning")]
 
 # %% ../nbs/11_data_validation.ipynb #9de95e1a
 def text_expectations(
@@ -141,18 +147,18 @@ def text_expectations(
     columns = [column for column in text_columns if column in frame]
     specs = []
     for column in columns:
-        min_words = int(column == text_columns[0])
-        specs += _single_text_expectations(column, min_words, max_words)
+        specs += _single_text_expectations(column, column == text_columns[0], max_words)
     if len(columns) == 1:
-        specs.append(column_expectation(f"'{columns[0]}' is unique", "BeUnique", columns[0]))
+        specs.append(column_expectation(f"'{columns[0]}' is unique", "BeUnique", columns[0],
+                                        severity="warning"))
     elif columns:
         specs.append(ExpectationSpec(
             f"{' + '.join(columns)} are unique", "ExpectCompoundColumnsToBeUnique",
-            {"column_list": columns}, tuple(columns)))
+            {"column_list": columns}, tuple(columns), severity="warning"))
     return specs
 
 # %% ../nbs/11_data_validation.ipynb #ccd027eb
-def _balance_expectation(frame: pd.DataFrame, min_class_share: float) -> ExpectationSpec:
+def _balance_expectation(frame: pd.DataFrame, min_class_share: float|None) -> ExpectationSpec:
     "That each label has at least 2 rows and a share of the labeled rows."
     label = get_settings().label_column
     counts = frame.groupby(label)[_rows_with(label)].first().dropna()
@@ -161,27 +167,37 @@ def _balance_expectation(frame: pd.DataFrame, min_class_share: float) -> Expecta
     if len(counts):
         observed = (f"fewest: {counts.idxmin()!r}, {counts.min():.0f} of {total:.0f} rows "
                     f"({counts.min() / total:.1%})")
+    if min_class_share is None:
+        min_class_share = min(0.02, 0.1 / max(len(counts), 1))
     min_rows = max(2, min_class_share * total - 1e-9)
     return ExpectationSpec(
-        f"each '{label}' has at least 2 rows and {100 * min_class_share:g} % of all rows",
+        f"each '{label}' has at least 2 rows and {100 * min_class_share:.2g} % of all rows",
         "ExpectColumnValuesToBeBetween", {"column": _rows_with(label), "min_value": min_rows},
-        (label, _rows_with(label)), observed)
+        (label, _rows_with(label)), observed, "warning")
 
 # %% ../nbs/11_data_validation.ipynb #453b48d4
+_LABELED_SHARE = 0.95  # what reading does not set aside, see `data.read_labeled_table`
+
 def label_expectations(
     frame:pd.DataFrame, # rows with measured columns
     labels:list[str]|None, # allowed labels; None: any
-    min_class_share:float, # least share of the labeled rows for each label, 0 to 1
+    min_class_share:float|None, # least share of each label, 0 to 1; None: by their number
 ) -> list[ExpectationSpec]:
     "Expectations about the label column, if it exists; class balance is the last."
     label = get_settings().label_column
     if label not in frame: return []
-    specs = [column_expectation(f"'{label}' is text", "BeOfType", label, type_="str"),
-             column_expectation(f"'{label}' is not missing", "NotBeNull", label),
-             column_expectation(f"'{label}' is not blank", "MatchRegex", label, regex=r"\S")]
+    specs = [column_expectation(f"at least {_LABELED_SHARE:.0%} of the rows have a '{label}'",
+                                "NotBeNull", label, mostly=_LABELED_SHARE),
+             column_expectation(f"'{label}' is not missing", "NotBeNull", label,
+                                severity="warning"),
+             ExpectationSpec(f"'{label}' has at least 2 values",
+                             "ExpectColumnUniqueValueCountToBeBetween",
+                             {"column": label, "min_value": 2},
+                             observed=f"{frame[label].nunique()}")]
     if labels is not None:
-        name = f"'{label}' is one of {', '.join(labels)}"
-        specs.append(column_expectation(name, "BeInSet", label, value_set=labels))
+        shown = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
+        specs.append(column_expectation(f"'{label}' is one of {shown}", "BeInSet", label,
+                                        value_set=labels))
     return [*specs, _balance_expectation(frame, min_class_share)]
 
 # %% ../nbs/11_data_validation.ipynb #bfe55b5f
@@ -207,13 +223,17 @@ def id_and_timestamp_expectations(
     name, timestamp = settings.id_column, settings.timestamp_column
     specs = []
     if name in frame:
-        specs += [column_expectation(f"'{name}' is not missing", "NotBeNull", name),
-                  column_expectation(f"'{name}' is unique", "BeUnique", name)]
+        specs += [column_expectation(f"'{name}' is not missing", "NotBeNull", name,
+                                     severity="warning"),
+                  column_expectation(f"'{name}' is unique", "BeUnique", name,
+                                     severity="warning")]
     if timestamp in frame:
         age = _age(timestamp)
-        specs += [column_expectation(f"'{timestamp}' is a date", "NotBeNull", age, timestamp),
+        specs += [column_expectation(f"'{timestamp}' is a date", "NotBeNull", age, timestamp,
+                                     severity="warning"),
                   column_expectation(f"'{timestamp}' is not in the future", "BeBetween", age,
-                                     timestamp, min_value=-MAX_UTC_OFFSET_DAYS)]
+                                     timestamp, min_value=-MAX_UTC_OFFSET_DAYS,
+                                     severity="warning")]
         if max_age_days is not None:
             specs.append(_freshness_expectation(frame, max_age_days))
     return specs
@@ -279,18 +299,19 @@ def to_expectation(
     error = _exception_message(validation)
     unexpected_rows = result.get("partial_unexpected_index_list", [])
     return ExpectationResult(
-        name=spec.name, success=bool(validation.success),
+        name=spec.name, severity=spec.severity, success=bool(validation.success),
         checked=result.get("element_count", 1) - result.get("missing_count", 0),
         unexpected=result.get("unexpected_count", int(not validation.success)),
         examples=[_format_row(frame, int(row), spec.example_columns) for row in unexpected_rows],
         observed=f"could not be checked: {error}" if error else spec.observed)
 
 # %% ../nbs/11_data_validation.ipynb #7dae4a87
-def _check_thresholds(labels: list[str]|None, min_class_share: float, max_words: int) -> None:
+def _check_thresholds(labels: list[str]|None, min_class_share: float|None,
+                      max_words: int) -> None:
     "Raises: UserError for a threshold out of range."
     if labels is not None and not labels:
         raise UserError("labels is an empty list.", "Leave it out to allow any label.")
-    if not 0 <= min_class_share <= 1:
+    if min_class_share is not None and not 0 <= min_class_share <= 1:
         raise UserError(f"min_class_share is {min_class_share}.",
                         "Give a share of the rows, 0 to 1.")
     if max_words < 1:
@@ -301,7 +322,7 @@ def validate_table(
     rows:pd.DataFrame, # rows of a labeled table
     *,
     labels:list[str]|None=None, # allowed labels; None: any that is not blank
-    min_class_share:float=0.02, # least share of the labeled rows for each label, 0 to 1
+    min_class_share:float|None=None, # least share of each label, 0 to 1; None: by their number
     max_words:int=1000, # of a text
     max_age_days:float|None=None, # of the newest row; None: any
     now:datetime|None=None, # from which ages are computed; None: the current time
@@ -329,13 +350,15 @@ def validate_table(
 def expectations_table(
     expectations:list[ExpectationResult], # of `validate_table` or a `ValidateResults`
 ) -> pd.DataFrame:
-    "One row per expectation, the failed ones first."
+    "One row per expectation, the failed ones first, errors before warnings."
     table = pd.DataFrame([{
-        "expectation": result.name, "passed": result.success, "checked": result.checked,
+        "expectation": result.name, "severity": result.severity, "passed": result.success,
+        "checked": result.checked,
         "unexpected": result.unexpected,
         "observed": "; ".join(result.examples) or result.observed,
     } for result in expectations])
-    return table.sort_values("passed", kind="stable", ignore_index=True)
+    order = table["severity"].map({"error": 0, "warning": 1, "info": 2}) + 3 * table["passed"]
+    return table.iloc[order.argsort(kind="stable")].reset_index(drop=True)
 
 # %% ../nbs/11_data_validation.ipynb #c0bf43d3
 _CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -395,28 +418,31 @@ def write_data_docs(
 
 # %% ../nbs/11_data_validation.ipynb #e16f91d7
 def validate_dataset(
-    dataset_loc:str|Path, # CSV, Parquet or JSON lines: path or URI
+    dataset_loc:str|Path, # see `tables.list_table_files`
     docs_dir:str|Path|None=None, # directory for the Data Docs; None: none are written
+    strict:bool=False, # whether a warning fails, and ids and times are required
     **thresholds:Any, # of `validate_table`
 ) -> ValidateResults:
     "Validates the table in a file. Raises: UserError if it cannot be read."
     rows = read_table(dataset_loc)
-    expectations, validation = validate_table(rows, **thresholds)
+    expectations, validation = validate_table(rows, strict=strict, **thresholds)
     if docs_dir is not None:
         file_name = str(dataset_loc).replace("\\", "/").rsplit("/", 1)[-1]
         write_data_docs(expectations, validation, docs_dir, file_name)
     return ValidateResults(
         dataset_loc=str(dataset_loc), dataset_digest=table_hash(dataset_loc),
         num_samples=len(rows), expectations=expectations,
-        success=all(result.success for result in expectations))
+        success=all(result.success or (result.severity != "error" and not strict)
+                    for result in expectations))
 
 # %% ../nbs/11_data_validation.ipynb #aefbcd68
 def require_success(
     results:ValidateResults, # of `validate_dataset`
 ) -> ValidateResults:
-    "The results if all expectations were met. Raises: CheckFailed that names the failed ones."
+    "The results if the validation succeeded. Raises: CheckFailed with the failed expectations."
+    if results.success: return results
     failed = [result for result in results.expectations if not result.success]
-    if not failed: return results
+    failed = [result for result in failed if result.severity == "error"] or failed
     details = "; ".join(f"{result.name} ({(result.examples or [result.observed])[0]})"
                         for result in failed)
     message = (f"{results.dataset_loc}: {len(failed)} of {len(results.expectations)} "

@@ -104,7 +104,7 @@ def _data_expectations(rows: pd.DataFrame, baseline: IngestBaseline) -> list[Exp
     specs = [
         *table_expectations(frame, list(rows), set(baseline.train)),
         *text_expectations(frame, 1000),
-        *label_expectations(frame, labels, 0)[:-1],  # the last one is on class balance
+        *label_expectations(frame, labels, 0)[:-1],  # without class balance
         *id_and_timestamp_expectations(frame, None),
     ]
     results = run_expectations(frame, specs).results

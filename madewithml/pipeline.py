@@ -72,10 +72,12 @@ def build_workloads(
     "The workloads in order; each is built when its turn comes, as most need the run id."
     train_options = train.model_dump_json(exclude_defaults=True)
     behavior_loc = str(bundled_dir("datasets") / "behavior.csv")
+    embedded = str(bundled_dir("datasets") / "dataset.csv")
     predictions = folder / "predictions.csv"
     both = [dataset_loc, holdout_loc]
     return [
         lambda: Workload("validate", {"dataset_loc": dataset_loc, "holdout_loc": holdout_loc,
+                                      "strict": dataset_loc == embedded,
                                       "docs_dir": str(folder / "data_docs")}, both),
         lambda: Workload("train", {"dataset_loc": dataset_loc, "train_options": train_options},
                          [dataset_loc]),
