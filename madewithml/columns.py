@@ -90,6 +90,10 @@ def _pick(candidates: list[ColumnProfile], usual: Sequence[str]) -> str|None:
     return next((by_name[name] for name in usual if name in by_name), None)
 
 # %% ../nbs/09_columns.ipynb #09a00022
+def _unclear(loc: str|Path, what: str, candidates: list[ColumnProfile]) -> UserError:
+    names = ", ".join(candidate.name for candidate in candidates)
+    return UserError(f"{loc}: it is not clear which column is the {what}: {names}.", _OPTIONS)
+
 @dataclass(frozen=True)
 class ColumnChoice:
     "The columns of a table that a model reads and predicts."
@@ -107,11 +111,8 @@ def choose_columns(
     label = _pick(labels, _USUAL_LABELS)
     texts = [profile for profile in profiles if profile.may_be_text and profile.name != label]
     text = _pick(texts, _USUAL_TEXTS)
-    missing = "text" if text is None else "label" if labeled and label is None else ""
-    if missing:
-        candidates = texts if missing == "text" else labels
-        names = ", ".join(profile.name for profile in candidates or profiles)
-        raise UserError(f"{loc}: it is not clear which column is the {missing}: {names}.", _OPTIONS)
+    if text is None: raise _unclear(loc, "text", texts or profiles)
+    if labeled and label is None: raise _unclear(loc, "label", labels or profiles)
     words = next(profile.mean_words for profile in profiles if profile.name == text)
     reason = f"text from {text!r} ({words:.0f} words on average)"
     if label:
@@ -136,7 +137,7 @@ def use_columns_of_table(
     loc:str|Path, # see `tables.list_table_files`
     labeled:bool=True, # whether the label column is needed
 ) -> None:
-    "Chooses columns for a table that lacks those of the settings, and reports it. Raises: UserError."
+    "Chooses columns for a table that lacks those set, and reports it. Raises: UserError."
     settings = get_settings()
     reader = open_table(loc)
     names = reader.schema.names

@@ -195,7 +195,9 @@ def label_expectations(
                              {"column": label, "min_value": 2},
                              observed=f"{frame[label].nunique()}")]
     if labels is not None:
-        shown = ", ".join(labels[:10]) + (f" and {len(labels) - 10} more" if len(labels) > 10 else "")
+        shown = ", ".join(labels[:10])
+        if len(labels) > 10:
+            shown += f" and {len(labels) - 10} more"
         specs.append(column_expectation(f"'{label}' is one of {shown}", "BeInSet", label,
                                         value_set=labels))
     return [*specs, _balance_expectation(frame, min_class_share)]

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
@@ -58,29 +59,37 @@ def per_class_metrics(
 
 # %% ../nbs/30_evaluate.ipynb #780c58a4
 def weighted_f1(
-    confusions:np.ndarray, # counts, (matrices, true label, predicted label)
+    counts:np.ndarray, # rows in each cell of the confusion matrix, (matrices, cells)
+    labels:np.ndarray, # true label id of each cell
+    predicted:np.ndarray, # predicted label id of each cell
 ) -> np.ndarray:
     "Weighted F1 of each confusion matrix."
-    correct = np.diagonal(confusions, axis1=1, axis2=2)
-    support = confusions.sum(2)
-    predicted = confusions.sum(1)
-    f1 = 2 * correct / np.maximum(support + predicted, 1)
+    num_labels = int(max(labels.max(), predicted.max())) + 1
+    cells = np.arange(len(labels))
+
+    def sum_by(ids: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        "Rows of each label, (matrices, labels)."
+        columns = csr_array((weights, (cells, ids)), shape=(len(cells), num_labels))
+        return counts @ columns
+
+    support = sum_by(labels, np.ones(len(cells)))
+    total = support + sum_by(predicted, np.ones(len(cells)))
+    correct = sum_by(labels, (labels == predicted).astype(float))
+    f1 = 2 * correct / np.maximum(total, 1)
     return (f1 * support).sum(1) / support.sum(1)
 
 # %% ../nbs/30_evaluate.ipynb #780c58a6
 def bootstrap_f1_interval(
     labels:np.ndarray, # label id of each row
     predicted:np.ndarray, # predicted id of each row
-    num_labels:int, # classes
     resamples:int=2000, # bootstrap samples
     seed:int=0, # of the resampling
 ) -> tuple[float, float]:
     "Bootstrap 95 % interval of the weighted F1."
-    cells = np.bincount(labels * num_labels + predicted, minlength=num_labels**2)
+    cells, counts = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
     rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(labels), cells / cells.sum(), size=resamples)
-    scores = weighted_f1(counts.reshape(-1, num_labels, num_labels))
-    low, high = np.quantile(scores, [0.025, 0.975])
+    draws = rng.multinomial(len(labels), counts / counts.sum(), size=resamples)
+    low, high = np.quantile(weighted_f1(draws, *cells), [0.025, 0.975])
     return float(low), float(high)
 
 # %% ../nbs/30_evaluate.ipynb #e9429ac4
@@ -264,7 +273,7 @@ def _overall_metrics(ids: np.ndarray, probabilities: np.ndarray,
     predicted = probabilities.argmax(1)
     weighted = classification_metrics(ids, predicted)
     macro = classification_metrics(ids, predicted, "macro")
-    f1_low, f1_high = bootstrap_f1_interval(ids, predicted, probabilities.shape[1])
+    f1_low, f1_high = bootstrap_f1_interval(ids, predicted)
     return OverallMetrics(
         **weighted.model_dump(), accuracy=(predicted == ids).mean(),
         macro_precision=macro.precision, macro_recall=macro.recall, macro_f1=macro.f1,
@@ -301,7 +310,7 @@ def evaluate_predictions(
         "overall": _overall_metrics(ids, probabilities, bins),
         "per_class": per_class_metrics(labels, predicted, names),
         "slices": {name: classification_metrics(labels[mask], predicted[mask])
-                   for name, mask in masks.items()},
+                   for name, mask in masks.items() if mask.any() or name not in SLICES},
         "confusion": confusion_matrix(labels, predicted, labels=names).tolist(),
         "calibration": bins,
         "mistakes": [Misclassification(

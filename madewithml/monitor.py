@@ -346,7 +346,7 @@ def _f1_with_interval(truth: np.ndarray, predicted: np.ndarray,
                       names: list[str]) -> tuple[float, float, float]:
     "Weighted F1 and its bootstrap interval."
     truth_ids, predicted_ids = np.searchsorted(names, truth), np.searchsorted(names, predicted)
-    low, high = bootstrap_f1_interval(truth_ids, predicted_ids, len(names))
+    low, high = bootstrap_f1_interval(truth_ids, predicted_ids)
     return classification_metrics(truth, predicted).f1, low, high
 
 # %% ../nbs/62_monitor.ipynb #448a2688

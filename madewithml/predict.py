@@ -31,12 +31,13 @@ from .utils import get_logger
 def labels_with_fallback(
     probabilities:np.ndarray, # (rows, labels)
     names:list[str], # labels, in the order of the columns
-    threshold:float|None=None, # minimum probability, 0 to 1; None: the setting `min_confidence`
+    threshold:float|None=None, # minimum probability, 0 to 1; None: `min_confidence`, see above
 ) -> list[str]:
     "Most probable label of each row, or `fallback_label` below the threshold."
     settings = get_settings()
     if threshold is None:
-        threshold = settings.min_confidence
+        has_fallback = settings.fallback_label in names
+        threshold = settings.min_confidence if has_fallback else 0
     best = probabilities.argmax(1)
     confidence = probabilities[range(len(best)), best]
     return [names[i] if value >= threshold else settings.fallback_label
@@ -92,7 +93,7 @@ def _prediction_columns(names: list[str]) -> list[str]:
 class _BatchPredictor:
     "An actor of the pool: adds prediction, confidence and probabilities to a block."
 
-    def __init__(self, files: ray.ObjectRef, precision: str, threshold: float):
+    def __init__(self, files: ray.ObjectRef, precision: str, threshold: float|None):
         torch.set_num_threads(1)
         self.threshold = threshold
         with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +141,7 @@ def _drop_stderr_lines(text: str) -> Iterator[None]:
 # %% ../nbs/31_predict.ipynb #f18107e0
 _ACTOR_POOL_MESSAGE = "ray-project/ray/issues/53727"
 
-def _predicted_blocks(files: dict[str, bytes], reader: TableReader, threshold: float,
+def _predicted_blocks(files: dict[str, bytes], reader: TableReader, threshold: float|None,
                       num_workers: int|None, batch_size: int, precision: str) -> Iterator[pa.Table]:
     "Blocks of the table in order, with predictions."
     num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -187,8 +188,6 @@ def predict_table_from_dir(
 ) -> PredictResults:
     "Predicts every row once, in order, with a classifier from a directory. Raises: UserError."
     begin = time.perf_counter()
-    if threshold is None:
-        threshold = get_settings().min_confidence
     reader = _open_for_prediction(dataset_loc, output)
     files = {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
     summary = _Summary()

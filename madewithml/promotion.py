@@ -23,28 +23,25 @@ from .tables import table_hash
 from .tracking import current_user, fetch_checkpoint, mlflow_client
 
 # %% ../nbs/42_promotion.ipynb #47768f5a
-def _f1_differences(counts: np.ndarray, num_labels: int) -> np.ndarray:
-    "Weighted F1 of the challenger minus the champion's, for each row of cell counts."
-    cube = counts.reshape(-1, num_labels, num_labels, num_labels)  # label, challenger, champion
-    return weighted_f1(cube.sum(3)) - weighted_f1(cube.sum(2))
-
 def paired_f1_difference(
     labels:np.ndarray, # label id of each row
     new:np.ndarray, # label id that the challenger predicted, each row
     old:np.ndarray, # label id that the champion predicted, each row
-    num_labels:int, # classes
     resamples:int=2000, # bootstrap samples
     seed:int=0, # of the resampling
 ) -> tuple[float, float, float]:
     """Weighted F1 of `new` minus `old`, and the ends of its 95 % paired bootstrap interval.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993."""
-    cells = (labels * num_labels + new) * num_labels + old
-    counts = np.bincount(cells, minlength=num_labels**3)
+    cells, counts = np.unique(np.stack([labels, new, old]), axis=1, return_counts=True)
+    truth, predicted, previous = cells
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(len(labels), counts / counts.sum(), size=resamples)
-    low, high = np.quantile(_f1_differences(draws, num_labels), [0.025, 0.975])
-    return float(_f1_differences(counts, num_labels)[0]), float(low), float(high)
+    samples = np.vstack([counts, draws])
+    differences = (weighted_f1(samples, truth, predicted)
+                   - weighted_f1(samples, truth, previous))
+    low, high = np.quantile(differences[1:], [0.025, 0.975])
+    return float(differences[0]), float(low), float(high)
 
 # %% ../nbs/42_promotion.ipynb #be2156c2
 def measure_latency(
@@ -117,7 +114,7 @@ def _f1_difference(rows: pd.DataFrame, predictions: list[np.ndarray]) -> dict[st
     names = sorted({*labels, *predictions[0], *predictions[1]})
     truth, first, second = (np.searchsorted(names, values) for values in (labels, *predictions))
     fields = ("f1_difference", "f1_difference_low", "f1_difference_high")
-    return dict(zip(fields, paired_f1_difference(truth, first, second, len(names)), strict=True))
+    return dict(zip(fields, paired_f1_difference(truth, first, second), strict=True))
 
 # %% ../nbs/42_promotion.ipynb #f8b31d38
 _TAG_FIELDS = {"timestamp", "decision", "by", "reason", "dataset_loc", "dataset_digest", "policy",

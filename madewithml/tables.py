@@ -163,10 +163,11 @@ def _guess_encoding(sample: bytes) -> str:
     from charset_normalizer import from_bytes
     matches = from_bytes(sample[:100_000], cp_isolation=_ENCODINGS)
     best = matches.best()
+    if best is None: return "cp1252"
     for match in matches:
         is_close = best.coherence - match.coherence < 0.1 and match.chaos - best.chaos < 0.05
         if match.encoding == "cp1252" and is_close: return "cp1252"
-    return best.encoding if best else "cp1252"
+    return best.encoding
 
 # %% ../nbs/08_tables.ipynb #08a00034
 def detect_encoding(
@@ -211,7 +212,7 @@ def sniff_csv_dialect(
         try:
             query = "SELECT Delimiter, Quote, Escape FROM sniff_csv(?, all_varchar=true)"
             with duckdb.connect() as connection:
-                found = connection.execute(query, [str(path)]).fetchone()
+                [found] = connection.execute(query, [str(path)]).fetchall()
         except duckdb.Error:
             return CsvDialect()
     delimiter, quote, escape = ("" if part == "(empty)" else part for part in found)
@@ -589,7 +590,8 @@ def text_column(
 def _is_whole(column: pa.ChunkedArray) -> bool:
     "Whether all values of a float column are whole numbers that a float holds exactly."
     limit = pc.max(pc.abs(column)).as_py()
-    return limit is None or (limit < 2**53 and bool(pc.all(pc.equal(column, pc.floor(column))).as_py()))
+    if limit is None: return True
+    return limit < 2**53 and pc.all(pc.equal(column, pc.floor(column))).as_py()
 
 # %% ../nbs/08_tables.ipynb #08a00116
 def infer_numbers(
