@@ -16,13 +16,12 @@ HEADER = "id,created_on,title,description,tag\n"
 VALID = "".join(f"{i},2025-01-01,title {i},description {i},{'a' if i % 2 else 'b'}\n"
                 for i in range(8))
 INVALID_TABLES = {
-    "missing column": ("id,title,tag\n1,a,x\n", "column 'description' is missing"),
+    "missing column": ("id,created_on,tag\n" + "1,2025-01-01,a\n2,2025-01-02,b\n" * 4,
+                       "it is not clear which column is the text"),
     "empty table": (HEADER, "the table has no rows"),
-    "label with one row": (HEADER + VALID + "9,2025-01-01,lonely,row,c\n", "label 'c' has 1 row"),
-    "not UTF-8": ((HEADER + VALID).encode() + b"9,2025-01-01,caf\xe9,row,a\n",
-                  "row 10 (the header is row 1) is not UTF-8"),
-    "ragged row": (HEADER + VALID + "9,2025-01-01,short,a\n",
-                   "row 10 (the header is row 1) has 4 fields instead of 5"),
+    "single label": (HEADER + "1,2025-01-01,some,row,a\n2,2025-01-01,another,row,a\n",
+                     "the only label is 'a'"),
+    "ragged row": (HEADER + VALID + "9,2025-01-01,short,a\n", "line 10: 4 fields instead of 5"),
     "no file": (None, "no such file"),
 }
 MISTAKES = {
