@@ -51,7 +51,7 @@ def read_table(
     frame = {}
     for name, column_type in zip(table.column_names, table.schema.types, strict=True):
         if name in settings.columns or name in (columns or ()):
-            frame[name] = text_column(table, name, loc).to_pandas().astype(object)
+            frame[name] = pd.Series(text_column(table, name, loc).to_pylist(), dtype=object)
         else:
             is_text = pa.types.is_string(column_type)
             frame[name] = (infer_numbers(table[name]) if is_text else table[name]).to_pandas()

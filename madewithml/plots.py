@@ -122,20 +122,37 @@ def plot_parallel(
     axis.legend(loc="upper right")
     return figure
 
+# %% ../nbs/07_plots.ipynb #11cfddcb
+_MAX_MATRIX_CLASSES = 30
+
+def _plot_confused_pairs(names: list[str], counts: np.ndarray) -> plt.Figure:
+    "The twenty most frequent pairs of a true and another predicted label."
+    errors = counts * (1 - np.eye(len(names), dtype=int))
+    order = np.argsort(-errors, axis=None, kind="stable")[:20]
+    pairs = [divmod(int(i), len(names)) for i in order if errors.flat[i]]
+    figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.26 * max(len(pairs), 1)))
+    axis.barh(range(len(pairs)), [errors[pair] for pair in pairs])
+    axis.set_yticks(range(len(pairs)), [f"{names[i]} → {names[j]}" for i, j in pairs])
+    axis.invert_yaxis()
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set(xlabel="rows", title="most confused pairs, true → predicted")
+    return figure
+
 # %% ../nbs/07_plots.ipynb #11cfddcc
 @with_plot_style
 def plot_confusion(
     results:EvaluateResults, # of an evaluation
 ) -> plt.Figure:
-    "Confusion matrix: rows are true labels, shaded by share of the row."
+    "Confusion matrix, shaded by share of the true label; of many classes, the most confused pairs."
     names = list(results.per_class)
     counts = np.array(results.confusion)
+    if len(names) > _MAX_MATRIX_CLASSES: return _plot_confused_pairs(names, counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure, axis = plt.subplots(figsize=(1.6 + 0.9 * len(names), 1.2 + 0.7 * len(names)))
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (i, j), count in np.ndenumerate(counts):
+    for i, j in np.argwhere(counts):
         color = "white" if shares[i, j] > 0.5 else "black"
-        axis.text(j, i, count, ha="center", va="center", color=color)
+        axis.text(j, i, counts[i, j], ha="center", va="center", color=color)
     axis.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names,
              xlabel="predicted", ylabel="true")
     axis.set_xticklabels(names, rotation=30, ha="right")

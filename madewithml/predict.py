@@ -17,7 +17,7 @@ from typing import Any
 from .ray_session import ray, ray_session
 import numpy as np, pyarrow as pa, torch
 
-from .config import UserError, get_settings
+from .config import Settings, UserError, get_settings
 from .data import (
     as_user_errors, join_text, open_table_to_predict, stream_table, table_texts)
 from .models import class_names, load_classifier, predict_proba, resolve_precision
@@ -36,7 +36,8 @@ def labels_with_fallback(
     "Most probable label of each row, or `fallback_label` below the threshold."
     settings = get_settings()
     if threshold is None:
-        has_fallback = settings.fallback_label in names
+        is_default = settings.fallback_label == Settings.model_fields["fallback_label"].default
+        has_fallback = settings.fallback_label in names or not is_default
         threshold = settings.min_confidence if has_fallback else 0
     best = probabilities.argmax(1)
     confidence = probabilities[range(len(best)), best]

@@ -87,20 +87,25 @@ def _headline(results: EvaluateResults, previous: EvaluateResults|None,
 
 # %% ../nbs/70_report.ipynb #a1c44696
 _Groups = dict[str, ClassificationMetrics]
+_MAX_GROUPS = 30
 
 def _group_table(kind: str, groups: _Groups, previous: _Groups, previous_name: str) -> str:
-    "Precision, recall and F1 of each class or slice that has rows."
+    "Precision, recall and F1 of each class or slice that has rows; of many, the lowest F1."
     comparison = _comparison_header(previous, previous_name)
     rows = []
-    for name, now in groups.items():
-        if not now.num_samples: continue
+    filled = {name: now for name, now in groups.items() if now.num_samples}
+    if len(filled) > _MAX_GROUPS:
+        filled = dict(sorted(filled.items(), key=lambda item: item[1].f1)[:_MAX_GROUPS])
+    for name, now in filled.items():
         row = [name, f"{now.precision:.3f}", f"{now.recall:.3f}", f"{now.f1:.3f}"]
         if name in previous:
             row += _comparison_cells(now.f1, previous[name].f1)
         elif previous:
             row += ["", ""]
         rows.append([*row, now.num_samples])
-    return markdown_table([kind, "precision", "recall", "F1", *comparison, "rows"], rows)
+    table = markdown_table([kind, "precision", "recall", "F1", *comparison, "rows"], rows)
+    left_out = sum(now.num_samples > 0 for now in groups.values()) - len(rows)
+    return f"{table}\n\n{left_out} more with a higher F1." if left_out else table
 
 # %% ../nbs/70_report.ipynb #96616ec1
 def _failed_tests(results: EvaluateResults) -> str:
@@ -155,6 +160,9 @@ def _summary_lines(results: dict[str, BaseResults]) -> str:
         met = sum(expectation.success for expectation in data.expectations)
         lines.append(f"- data: {data.num_samples} rows, "
                      f"{met} of {len(data.expectations)} expectations met")
+        lines += [f"  - {each.severity}: {escape_cell(each.name)}, "
+                  f"{each.unexpected} of {each.checked} {escape_cell(each.observed)}".rstrip()
+                  for each in data.expectations if not each.success]
     if batch := get_results(results, PredictResults):
         counts = ", ".join(f"{escape_cell(name)} {count}"
                            for name, count in batch.predictions_per_class.items())

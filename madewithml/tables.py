@@ -49,11 +49,23 @@ def _files_below(filesystem: fs.FileSystem, path: str) -> list[str]:
     files = [info.path for info in infos if info.type == fs.FileType.File]
     return sorted(file for file in files if not _is_hidden(file))
 
+# %% ../nbs/08_tables.ipynb #08a00018
+def _download(url: str) -> TableFile:
+    "A temporary copy of a file on the web, one for each process. Raises: UserError."
+    import fsspec
+    from aiohttp import ClientError
+    try:
+        path = fsspec.open_local(f"simplecache::{url}")
+    except (OSError, ClientError, TimeoutError) as error:
+        raise UserError(f"{url}: cannot be fetched: {error or type(error).__name__}.") from None
+    return TableFile(url, fs.LocalFileSystem(), str(path))
+
 # %% ../nbs/08_tables.ipynb #08a00013
 def list_table_files(
     loc:str|Path, # path or URI of a file or directory, or a glob pattern
 ) -> list[TableFile]:
     "The files of a table, in order. Raises: UserError if there are none."
+    if str(loc).startswith(("http://", "https://")): return [_download(str(loc))]
     filesystem, path = resolve_uri(loc)
     try:
         kind = filesystem.get_file_info(path).type
