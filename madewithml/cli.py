@@ -224,7 +224,7 @@ def validate(
     max_age_days: Annotated[Optional[float],
         _option("maximum age of the newest row in days (default: any)", "--max-age-days")] = None,
     strict: Annotated[bool,
-        _option("fail on warnings too, and require ids and times", "--strict")] = False,
+        _option("fail on warnings too", "--strict")] = False,
     results_fp: _Results = None,
 ) -> None:
     "Check a labeled table against the data expectations. Exit code 1 if an error fails."

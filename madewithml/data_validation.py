@@ -328,14 +328,14 @@ def validate_table(
     max_words:int=1000, # of a text
     max_age_days:float|None=None, # of the newest row; None: any
     now:datetime|None=None, # from which ages are computed; None: the current time
-    strict:bool=False, # whether the id and timestamp columns are required
+    require_ids:bool=False, # whether the id and timestamp columns are required
 ) -> tuple[list[ExpectationResult], "ExpectationSuiteValidationResult"]:
     "Result of each expectation, and great-expectations' own. Raises: UserError for a threshold."
     _check_thresholds(labels, min_class_share, max_words)
     settings = get_settings()
     frame = add_measured_columns(rows, now)
     required = {*settings.text_columns, settings.label_column}
-    if strict:
+    if require_ids:
         required |= {*settings.columns}
     if max_age_days is not None:
         required.add(settings.timestamp_column)
@@ -422,12 +422,12 @@ def write_data_docs(
 def validate_dataset(
     dataset_loc:str|Path, # see `tables.list_table_files`
     docs_dir:str|Path|None=None, # directory for the Data Docs; None: none are written
-    strict:bool=False, # whether a warning fails, and ids and times are required
+    strict:bool=False, # whether a failed warning fails the validation
     **thresholds:Any, # of `validate_table`
 ) -> ValidateResults:
     "Validates the table in a file. Raises: UserError if it cannot be read."
     rows = read_table(dataset_loc)
-    expectations, validation = validate_table(rows, strict=strict, **thresholds)
+    expectations, validation = validate_table(rows, **thresholds)
     if docs_dir is not None:
         file_name = str(dataset_loc).replace("\\", "/").rsplit("/", 1)[-1]
         write_data_docs(expectations, validation, docs_dir, file_name)
