@@ -10,6 +10,7 @@ __all__ = ['MAX_WINDOW_ROWS', 'COMPARISONS', 'read_log', 'parse_since', 'select_
            'tests_table', 'require_no_alarm']
 
 # %% ../nbs/62_monitor.ipynb #89435ac7
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,17 +68,21 @@ def read_log(
     return log.sort_values("timestamp", kind="stable", ignore_index=True)
 
 # %% ../nbs/62_monitor.ipynb #3927ef16
+_SPAN = re.compile(r"\d+(\.\d+)? *(s|min|h|d|w|seconds?|minutes?|hours?|days?|weeks?)")
+_DATE = re.compile(r"\d{4}-\d{2}(-\d{2}([ T]\d{2}:\d{2}.*)?)?|\d{8}")
+
 def parse_since(
-    since:str, # time ('2026-05-01 12:00', UTC by default) or duration before now ('24h', '7d')
+    since:str, # time ('2026-05-01 12:00', '2026-05', UTC by default) or duration ('24h', '7d')
 ) -> pd.Timestamp:
-    "The time, with time zone. Raises: UserError for anything else."
-    with suppress(ValueError):
-        return pd.Timestamp.now("UTC") - pd.Timedelta(since)
+    "The time, with time zone; a duration counts back from now. Raises: UserError."
+    error = UserError(f"--since: {since!r} is neither a time like '2026-05-01 12:00' nor a "
+                      "duration like '24h' or '7d'.")
+    if _SPAN.fullmatch(since): return pd.Timestamp.now("UTC") - pd.Timedelta(since)
+    if not _DATE.fullmatch(since): raise error
     try:
         start = pd.Timestamp(since)
     except ValueError:
-        raise UserError(f"--since: {since!r} is neither a time like '2026-05-01 12:00' nor a "
-                        "duration like '24h'.") from None
+        raise error from None
     return start.tz_localize("UTC") if start.tz is None else start.tz_convert("UTC")
 
 # %% ../nbs/62_monitor.ipynb #f5dfd71e
