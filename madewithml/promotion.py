@@ -62,16 +62,26 @@ def measure_latency(
     p50, p99 = np.quantile(times.min(axis=0), [0.5, 0.99], axis=0) * 1000
     return list(zip(p50.tolist(), p99.tolist(), strict=True))
 
+# %% ../nbs/42_promotion.ipynb #70968586
+def _add_new_labels(proba: np.ndarray, names: list[str], rows: pd.DataFrame
+                    ) -> tuple[np.ndarray, list[str]]:
+    "Columns of zeros for the labels of the table that a model does not have."
+    new = sorted(set(rows[get_settings().label_column]) - set(names))
+    return np.hstack([proba, np.zeros((len(rows), len(new)))]), [*names, *new]
+
 # %% ../nbs/42_promotion.ipynb #70968587
-def _evaluate_predictor(predictor: Predictor, rows: pd.DataFrame,
-                        behavior_loc: str|Path|None) -> tuple[dict, np.ndarray]:
+def _evaluate_predictor(predictor: Predictor, rows: pd.DataFrame, behavior_loc: str|Path|None,
+                        is_champion: bool) -> tuple[dict, np.ndarray]:
     "The evaluation's part of `CandidateMetrics`, and the predicted label of each row."
     proba = predictor.predict_proba(build_texts(rows))
-    evaluation = evaluate_predictions(rows, proba, predictor.labels)
+    names = predictor.labels
+    if is_champion:
+        proba, names = _add_new_labels(proba, names, rows)
+    evaluation = evaluate_predictions(rows, proba, names)
     metrics = {name: evaluation[name] for name in ("overall", "per_class", "slices")}
     tests = read_behavioral_tests(behavior_loc, predictor.labels)
     metrics["behavior"] = run_behavioral_tests(tests, predictor.predict_proba, predictor.labels)
-    return metrics, np.array(predictor.labels)[proba.argmax(1)]
+    return metrics, np.array(names)[proba.argmax(1)]
 
 def evaluate_candidates(
     versions:list[tuple[int, str, Path]], # version, MLflow run id, checkpoint directory of each
@@ -85,7 +95,7 @@ def evaluate_candidates(
     latencies = measure_latency(predictors, texts[::max(1, len(texts) // 100)][:100])
     candidates, predictions = [], []
     for i, (version, run_id, folder) in enumerate(versions):
-        metrics, predicted = _evaluate_predictor(predictors[i], rows, behavior_loc)
+        metrics, predicted = _evaluate_predictor(predictors[i], rows, behavior_loc, i > 0)
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         p50, p99 = latencies[i]
         candidates.append(CandidateMetrics(version=version, run_id=run_id, p50_ms=p50, p99_ms=p99,
