@@ -56,7 +56,7 @@ def _download(url: str) -> TableFile:
     from aiohttp import ClientError
     try:
         path = fsspec.open_local(f"simplecache::{url}")
-    except (OSError, ClientError, TimeoutError) as error:
+    except (OSError, ClientError) as error:
         raise UserError(f"{url}: cannot be fetched: {error or type(error).__name__}.") from None
     return TableFile(url, fs.LocalFileSystem(), str(path))
 
