@@ -29,6 +29,7 @@ SMALL_TABLE = "small.csv"
 FAST = {  # run by `make test`
     "explore/eda": {"max_rows": 300},
     "explore/one_row": {"num_samples": 96},
+    "explore/reading_speed": {"num_rows": 500, "rounds": 1},
 }
 SLOW = {  # run by `make test-slow`
     "explore/error_analysis": {"dataset_loc": SMALL_TABLE, "num_epochs": 1},
