@@ -79,18 +79,33 @@ def weighted_f1(
     return (f1 * support).sum(1) / support.sum(1)
 
 # %% ../nbs/30_evaluate.ipynb #780c58a6
+def _cells_with_prior(labels: np.ndarray, predicted: np.ndarray
+                      ) -> tuple[np.ndarray, np.ndarray]:
+    "Cells of the confusion matrix, (2, cells), and their rows, with a prior of one row."
+    present, support = np.unique(labels, return_counts=True)
+    num_labels = max(int(labels.max()), int(predicted.max())) + 1
+    other = (present + 1) % max(num_labels, 2)  # any wrong label
+    prior = support / (2 * len(labels))
+    rows = np.stack([labels, predicted])
+    pairs = np.hstack([rows, np.stack([present, present]), np.stack([present, other])])
+    weights = np.concatenate([np.ones(len(labels)), prior, prior])
+    cells, inverse = np.unique(pairs, axis=1, return_inverse=True)
+    return cells, np.bincount(inverse.ravel(), weights)
+
+# %% ../nbs/30_evaluate.ipynb #780c58a7
 def bootstrap_f1_interval(
     labels:np.ndarray, # label id of each row
     predicted:np.ndarray, # predicted id of each row
-    resamples:int=2000, # bootstrap samples
-    seed:int=0, # of the resampling
+    draws:int=2000, # of the weights
+    seed:int=0, # of the draws
 ) -> tuple[float, float]:
-    "Bootstrap 95 % interval of the weighted F1."
-    cells, counts = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(len(labels), counts / counts.sum(), size=resamples)
-    low, high = np.quantile(weighted_f1(draws, *cells), [0.025, 0.975])
-    return float(low), float(high)
+    "95 % interval of the weighted F1, by the Bayesian bootstrap."
+    cells, counts = _cells_with_prior(labels, predicted)
+    weights = np.random.default_rng(seed).dirichlet(counts, size=draws) * len(labels)
+    low, high = np.quantile(weighted_f1(weights, *cells), [0.025, 0.975])
+    ids, observed = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
+    f1 = weighted_f1(observed[None], *ids)[0]
+    return float(min(low, f1)), float(max(high, f1))
 
 # %% ../nbs/30_evaluate.ipynb #e9429ac4
 _LLM_TERMS = r"\b(?:llms?|gpt|bert|t5|llama|transformers?|language models?|chatgpt|prompt\w*)\b"
