@@ -35,7 +35,7 @@ lint: $(STAMP)-dev $(STAMP)-lint ## style, types and spelling of the code, noteb
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python --baseline tools/types.json
 	@$(BIN)/codespell
-	@$(BIN)/shellcheck madewithml/scripts/*.sh
+	@$(BIN)/shellcheck madewithml/scripts/*.sh findings/*.sh
 	@$(BIN)/python tools/check.py
 
 nb: $(STAMP)-dev ## the tests of one notebook: make nb NB=24_train
