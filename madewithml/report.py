@@ -164,8 +164,10 @@ def _summary_lines(results: dict[str, BaseResults]) -> str:
                   f"{each.unexpected} of {each.checked} {escape_cell(each.observed)}".rstrip()
                   for each in data.expectations if not each.success]
     if batch := get_results(results, PredictResults):
-        counts = ", ".join(f"{escape_cell(name)} {count}"
-                           for name, count in batch.predictions_per_class.items())
+        most = sorted(batch.predictions_per_class.items(), key=lambda item: -item[1])
+        counts = ", ".join(f"{escape_cell(name)} {count}" for name, count in most[:10])
+        if len(most) > 10:
+            counts += f" and {len(most) - 10} other labels"
         lines.append(f"- batch prediction: {batch.num_samples} rows, "
                      f"mean confidence {batch.mean_confidence:.2f} ({counts})")
     if model := get_results(results, RegisterResults):
