@@ -45,7 +45,7 @@ def read_table(
     settings = get_settings()
     reader = open_table(loc)
     _report(loc, reader.notes)
-    table = pa.Table.from_batches(reader.batches(), reader.schema)
+    table = reader.read()
     _check_columns(loc, columns or settings.text_columns, table.column_names)
     if not table.num_rows: raise UserError(f"{loc}: the table has no rows.")
     frame = {}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,12 @@ class TableReader:
     schema: pa.Schema
     batches: Callable[[], Iterator[pa.RecordBatch]]
     notes: tuple[str, ...] = ()  # what was guessed, in words
+    whole: Callable[[], pa.Table]|None = None  # a faster way to all rows, if there is one
+
+    def read(self) -> pa.Table:
+        "All rows. Raises: UserError with the file and line."
+        if self.whole: return self.whole()
+        return pa.Table.from_batches(self.batches(), self.schema)
 
 # %% ../nbs/08_tables.ipynb #08a00062
 _BLOCK_BYTES = 16 << 20  # the longest row of a CSV file
@@ -298,32 +305,50 @@ def _explain_csv(file: TableFile, encoding: str, dialect: CsvDialect, width: int
     return ""
 
 # %% ../nbs/08_tables.ipynb #08a00065
-def _arrow_csv_batches(file: TableFile, encoding: str, dialect: CsvDialect, names: list[str],
-                       header: bool) -> Iterator[pa.RecordBatch]:
-    "Batches of text columns. Raises: pa.ArrowInvalid."
-    parse = arrow_csv.ParseOptions(
-        delimiter=dialect.delimiter, quote_char=dialect.quote or False,
-        double_quote=not dialect.escape, escape_char=dialect.escape or False,
-        newlines_in_values=bool(dialect.quote))
-    convert = arrow_csv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-    read = arrow_csv.ReadOptions(
-        block_size=_BLOCK_BYTES, column_names=None if header else names)
-    with open_decompressed(file) as stream:
-        if encoding not in ("utf-8", "utf-8-sig"):
-            stream = pa.transcoding_input_stream(stream, encoding, "utf-8")
-        with arrow_csv.open_csv(stream, read, parse, convert) as reader:
+@dataclass(frozen=True)
+class _CsvFile:
+    "A CSV file and how it is written."
+    file: TableFile
+    encoding: str
+    dialect: CsvDialect
+    names: list[str]
+    header: bool
+
+    def options(self) -> dict[str, Any]:
+        "pyarrow's options: all columns are text."
+        dialect = self.dialect
+        return {
+            "read_options": arrow_csv.ReadOptions(
+                block_size=_BLOCK_BYTES, column_names=None if self.header else self.names),
+            "parse_options": arrow_csv.ParseOptions(
+                delimiter=dialect.delimiter, quote_char=dialect.quote or False,
+                double_quote=not dialect.escape, escape_char=dialect.escape or False,
+                newlines_in_values=bool(dialect.quote)),
+            "convert_options": arrow_csv.ConvertOptions(
+                column_types=dict.fromkeys(self.names, pa.string()), strings_can_be_null=False)}
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        "The file as UTF-8. Raises: UserError with the line for what pyarrow cannot read."
+        try:
+            with open_decompressed(self.file) as stream:
+                if self.encoding not in ("utf-8", "utf-8-sig"):
+                    stream = pa.transcoding_input_stream(stream, self.encoding, "utf-8")
+                yield stream
+        except (pa.ArrowException, UnicodeError, OSError) as error:
+            reason = _explain_csv(self.file, self.encoding, self.dialect, len(self.names))
+            message = f"{self.file.name}: {reason or str(error).splitlines()[0]}"
+            raise UserError(message) from None
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        "The rows, one block of the file after the other."
+        with self.open() as stream, arrow_csv.open_csv(stream, **self.options()) as reader:
             yield from reader
 
-# %% ../nbs/08_tables.ipynb #08a00066
-def _csv_batches(file: TableFile, encoding: str, dialect: CsvDialect, names: list[str],
-                 header: bool) -> Iterator[pa.RecordBatch]:
-    "The rows of a CSV file. Raises: UserError with the line."
-    try:
-        yield from _arrow_csv_batches(file, encoding, dialect, names, header)
-    except (pa.ArrowException, UnicodeError, OSError) as error:
-        reason = _explain_csv(file, encoding, dialect, len(names))
-        raise UserError(f"{file.name}: {reason or str(error).splitlines()[0]}") from None
+    def read(self) -> pa.Table:
+        "All rows, by several threads."
+        with self.open() as stream:
+            return arrow_csv.read_csv(stream, **self.options())
 
 # %% ../nbs/08_tables.ipynb #08a00067
 def _sample_text(file: TableFile) -> tuple[str, str]:
@@ -337,6 +362,8 @@ def _sample_text(file: TableFile) -> tuple[str, str]:
     return text if is_whole else text[:text.rfind("\n") + 1], encoding
 
 # %% ../nbs/08_tables.ipynb #08a00068
+_SNIFFED_CHARS = 200_000
+
 def _check_names(file: TableFile, names: list[str]) -> None:
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
@@ -347,9 +374,11 @@ def open_csv(
 ) -> TableReader:
     "A reader of text columns. Raises: UserError."
     sample, encoding = _sample_text(file)
-    dialect = sniff_csv_dialect(sample)
+    head = sample[:_SNIFFED_CHARS]
+    dialect = sniff_csv_dialect(head[:head.rfind("\n") + 1] or head)
     csv.field_size_limit(1 << 30)
-    rows = [row for row in dialect.reader(io.StringIO(sample, newline="")) if row][:1000]
+    lines = dialect.reader(io.StringIO(sample, newline=""))
+    rows = list(islice((row for row in lines if row), 1000))
     names, header = csv_column_names(rows)
     _check_names(file, names)
     notes = [] if encoding.startswith("utf") else [f"read as {encoding}"]
@@ -358,8 +387,8 @@ def open_csv(
     if not header:
         notes.append(f"no header, columns named {', '.join(names)}")
     schema = pa.schema([(name, pa.string()) for name in names])
-    batches = partial(_csv_batches, file, encoding, dialect, names, header)
-    return TableReader(schema, batches, tuple(notes))
+    csv_file = _CsvFile(file, encoding, dialect, names, header)
+    return TableReader(schema, csv_file.batches, tuple(notes), csv_file.read)
 
 # %% ../nbs/08_tables.ipynb #08a00081
 JSON_FIELD = {b"format": b"json"}  # metadata of a column of JSON text
@@ -563,8 +592,7 @@ def read_table_file(
     loc:str|Path, # see `list_table_files`
 ) -> pa.Table:
     "The whole table. Raises: UserError with the file and line."
-    reader = open_table(loc)
-    return pa.Table.from_batches(reader.batches(), reader.schema)
+    return open_table(loc).read()
 
 # %% ../nbs/08_tables.ipynb #08a00111
 def _json_text(value: str|None) -> str|None:
