@@ -206,6 +206,7 @@ class CsvDialect:
 
     def reader(self, lines: Any) -> Any:
         "Python's reader for the dialect."
+        csv.field_size_limit(1 << 30)  # of all readers of this process
         quoting = csv.QUOTE_MINIMAL if self.quote else csv.QUOTE_NONE
         return csv.reader(lines, delimiter=self.delimiter, quotechar=self.quote or None,
                           escapechar=self.escape or None, doublequote=not self.escape,
@@ -287,7 +288,6 @@ def _open_text(file: TableFile, encoding: str) -> Iterator[io.TextIOWrapper]:
 # %% ../nbs/08_tables.ipynb #08a00064
 def _explain_csv(file: TableFile, encoding: str, dialect: CsvDialect, width: int) -> str:
     "What is wrong with a CSV file and at which line; empty if nothing is found."
-    csv.field_size_limit(1 << 30)
     begin = 1
     try:
         with _open_text(file, encoding) as text:
@@ -376,7 +376,6 @@ def open_csv(
     sample, encoding = _sample_text(file)
     head = sample[:_SNIFFED_CHARS]
     dialect = sniff_csv_dialect(head[:head.rfind("\n") + 1] or head)
-    csv.field_size_limit(1 << 30)
     lines = dialect.reader(io.StringIO(sample, newline=""))
     rows = list(islice((row for row in lines if row), 1000))
     names, header = csv_column_names(rows)
@@ -496,29 +495,27 @@ def _feather_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     return (reader.get_batch(i) for i in range(reader.num_record_batches))
 
 # %% ../nbs/08_tables.ipynb #08a00092
+def _open_binary(file: TableFile, read_schema: Callable, read_batches: Callable) -> TableReader:
+    "A reader of a file that has a schema. Raises: UserError if it is corrupt."
+    try:
+        with open_decompressed(file) as stream:
+            schema = _without_index(read_schema(stream))
+            _check_names(file, schema.names)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{file.name}: {str(error).splitlines()[0]}") from None
+    return TableReader(schema, partial(_binary_batches, file, read_batches, schema))
+
 def open_parquet(
     file:TableFile, # a Parquet file
 ) -> TableReader:
     "A reader of a Parquet file. Raises: UserError if it is corrupt."
-    try:
-        with open_decompressed(file) as stream:
-            schema = _without_index(parquet.read_schema(stream))
-            _check_names(file, schema.names)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{file.name}: {str(error).splitlines()[0]}") from None
-    return TableReader(schema, partial(_binary_batches, file, _parquet_batches, schema))
+    return _open_binary(file, parquet.read_schema, _parquet_batches)
 
 def open_feather(
     file:TableFile, # a Feather or Arrow IPC file
 ) -> TableReader:
     "A reader of a Feather file. Raises: UserError if it is corrupt."
-    try:
-        with open_decompressed(file) as stream:
-            schema = _without_index(ipc.open_file(stream).schema)
-            _check_names(file, schema.names)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{file.name}: {str(error).splitlines()[0]}") from None
-    return TableReader(schema, partial(_binary_batches, file, _feather_batches, schema))
+    return _open_binary(file, lambda stream: ipc.open_file(stream).schema, _feather_batches)
 
 # %% ../nbs/08_tables.ipynb #08a00093
 def _excel_cell(value: Any) -> Any:
