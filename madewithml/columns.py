@@ -82,11 +82,10 @@ _USUAL_TEXTS = ("text", "sentence", "message", "tweet", "review", "comment", "co
                 "question", "query", "utterance", "description", "title", "headline")
 _OPTIONS = "Give --text-columns and --label-column."
 
-def _pick(candidates: list[ColumnProfile], usual: Sequence[str]) -> str|None:
+def _pick(candidates: list[ColumnProfile], usual: Sequence[str]) -> ColumnProfile|None:
     "The only candidate, or the first usual name among them; None if it is not clear."
-    names = [candidate.name for candidate in candidates]
-    if len(names) == 1: return names[0]
-    by_name = {name.lower(): name for name in names}
+    if len(candidates) == 1: return candidates[0]
+    by_name = {candidate.name.lower(): candidate for candidate in candidates}
     return next((by_name[name] for name in usual if name in by_name), None)
 
 # %% ../nbs/09_columns.ipynb #09a00022
@@ -98,8 +97,8 @@ def _unclear(loc: str|Path, what: str, candidates: list[ColumnProfile]) -> UserE
 class ColumnChoice:
     "The columns of a table that a model reads and predicts."
     text_columns: tuple[str, ...]
-    label_column: str|None  # None: the table has none, or none is needed
-    reason: str = ""  # empty: as set
+    label_column: str|None  # None: the one that is set, or none is needed
+    reason: str  # for the user
 
 def choose_columns(
     loc:str|Path, # of the table, for the error message
@@ -109,16 +108,14 @@ def choose_columns(
     "The columns by what they contain. Raises: UserError that lists the candidates."
     labels = [profile for profile in profiles if profile.may_be_label]
     label = _pick(labels, _USUAL_LABELS)
-    texts = [profile for profile in profiles if profile.may_be_text and profile.name != label]
+    texts = [profile for profile in profiles if profile.may_be_text and profile is not label]
     text = _pick(texts, _USUAL_TEXTS)
     if text is None: raise _unclear(loc, "text", texts or profiles)
     if labeled and label is None: raise _unclear(loc, "label", labels or profiles)
-    words = next(profile.mean_words for profile in profiles if profile.name == text)
-    reason = f"text from {text!r} ({words:.0f} words on average)"
-    if label:
-        count = next(profile.num_distinct for profile in profiles if profile.name == label)
-        reason += f", label from {label!r} ({count} different values)"
-    return ColumnChoice((text,), label, reason)
+    reason = f"text from {text.name!r} ({text.mean_words:.0f} words on average)"
+    if label is None: return ColumnChoice((text.name,), None, reason)
+    reason += f", label from {label.name!r} ({label.num_distinct} different values)"
+    return ColumnChoice((text.name,), label.name, reason)
 
 # %% ../nbs/09_columns.ipynb #09a00031
 def set_columns(
