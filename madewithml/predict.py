@@ -19,7 +19,7 @@ import numpy as np, pyarrow as pa, torch
 
 from .config import Settings, UserError, get_settings
 from .data import (
-    as_user_errors, join_text, open_table_to_predict, stream_table, table_texts)
+    as_user_errors, join_text, open_checked_table, stream_table, table_texts)
 from .models import class_names, load_classifier, predict_proba, resolve_precision
 from .schemas import PredictResults
 from .tables import (
@@ -168,7 +168,7 @@ class _Summary:
 def _open_for_prediction(dataset_loc: str|Path, output: str|Path) -> TableReader:
     "The table to predict; what was guessed or will be replaced is reported. Raises: UserError."
     output_format(output)
-    reader = open_table_to_predict(dataset_loc)
+    reader = open_checked_table(dataset_loc)
     check_output_schema(output, reader.schema)
     replaced = _prediction_columns(reader.schema.names)
     if replaced:
