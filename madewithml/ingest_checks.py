@@ -19,7 +19,8 @@ import numpy as np, pandas as pd
 from scipy.stats import binom, binomtest
 
 from .config import TriggerPolicy, UserError, bundled_dir, get_settings
-from .data import build_texts, normalized_key, read_labeled_table, read_table
+from .data import (
+    build_texts, normalize_label, normalized_key, read_labeled_table, read_table)
 from .data_validation import (add_measured_columns, id_and_timestamp_expectations,
                                         label_expectations, run_expectations, table_expectations,
                                         text_expectations, to_expectation)
@@ -243,7 +244,7 @@ def _read_rows(table: NewTable) -> pd.DataFrame:
     "The rows of the table, its labels stripped. Raises: UserError."
     label = get_settings().label_column
     rows = read_table(table.path, (*get_settings().text_columns, label))
-    rows[label] = [value.strip() if isinstance(value, str) else value for value in rows[label]]
+    rows[label] = [None if value is None else normalize_label(value) for value in rows[label]]
     return rows
 
 # %% ../nbs/64_ingest_checks.ipynb #c530c93c

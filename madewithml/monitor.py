@@ -22,7 +22,7 @@ import numpy as np, pandas as pd, pyarrow as pa
 from pyarrow import parquet
 
 from .config import CheckFailed, UserError, get_settings
-from .data import build_texts, read_table
+from .data import build_texts, normalize_label, read_table
 from .drift import (chi2_permutation_test, domain_classifier, fisher_greater_test,
                               holm_correction, ks_test, mmd_test, overrepresented_words,
                               population_stability_index, squared_distances)
@@ -333,8 +333,8 @@ def read_delayed_labels(
     rows = read_table(loc, (label_column,))
     labels = {}
     for digest, label in zip(_text_digests(rows, loc), rows[label_column], strict=True):
-        if pd.notna(label) and str(label).strip():
-            labels[digest] = str(label).strip()
+        if normalize_label(label):
+            labels[digest] = normalize_label(label)
     return labels
 
 # %% ../nbs/62_monitor.ipynb #1e8c401a
