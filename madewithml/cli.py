@@ -114,10 +114,10 @@ def _write_results(results, results_fp: Path|None, shown: object) -> None:
     typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
 
 # %% ../nbs/90_cli.ipynb #e5bf3796
-def _model_run_id(values: dict[str, Any]) -> str:
+def _model_run_id(values: dict[str, Any], alias: str) -> str:
     "The MLflow run of the model that a command works on; empty if there is none."
     if values.get("run_id"): return values["run_id"]
-    alias = values.get("alias") or values.get("_alias")
+    alias = values.get("alias") or alias
     if not alias: return ""
     from madewithml.registry import resolve_alias
     try:
@@ -125,14 +125,14 @@ def _model_run_id(values: dict[str, Any]) -> str:
     except UserError:  # the command itself reports it
         return ""
 
-def _use_columns(text_columns: str|None, label_column: str|None, values: dict[str, Any]) -> None:
+def _use_columns(text_columns: str|None, label_column: str|None, values: dict[str, Any],
+                 alias: str) -> None:
     "Sets the columns before a command runs. Raises: UserError."
     from madewithml.columns import set_columns, use_columns_of_run, use_columns_of_table
-    run_id = _model_run_id(values)
     if text_columns or label_column:
         names = [name.strip() for name in (text_columns or "").split(",")]
         set_columns([name for name in names if name], label_column)
-    elif run_id:
+    elif run_id := _model_run_id(values, alias):
         use_columns_of_run(run_id)
     elif values.get("dataset_loc"):
         use_columns_of_table(values["dataset_loc"])
@@ -158,7 +158,7 @@ def column_options(
 
         @functools.wraps(command)
         def call(text_columns: str|None = None, label_column: str|None = None, **values):
-            _use_columns(text_columns, label_column, {"_alias": alias} | values)
+            _use_columns(text_columns, label_column, values, alias)
             return command(**values)
         call.__signature__ = inspect.Signature([*parameters, *added])
         call.__annotations__ = {each.name: each.annotation for each in [*parameters, *added]}
