@@ -30,7 +30,7 @@ setup(
     package_data={
         "madewithml": ["static/*", "scripts/*", "py.typed"],
         "madewithml.workloads": ["*.ipynb"],
-        "madewithml.datasets": ["*.csv", "*.md"],
+        "madewithml.datasets": ["*.csv", "*.md", "*.yaml"],
     },
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from . import __version__
 from .config import (CheckFailed, Options, RunOptions, ServeConfig, TrainOptions,
     TriggerOptions, TuneOptions, UserError, bundled_dir, format_validation_error, get_settings,
-    load_promotion_policy, load_trigger_policy, parse_serve_config, workload_path)
+    load_promotion_policy, load_trigger_policy, parse_serve_config, split_names, workload_path)
 from .utils import write_json
 
 # %% ../nbs/90_cli.ipynb #a0d71a59
@@ -101,6 +101,12 @@ _RunName = Annotated[str,
 _Address = Annotated[Optional[str],
     _option("Ray cluster (default: RAY_ADDRESS, else a local one)", "--address")]
 _Results = Annotated[Optional[Path], _option("JSON file for the results", "--results-fp")]
+_Slices = Annotated[str,
+    _option("slices besides the general ones, as JSON or a YAML file: name to pandas query over "
+            "the columns, text and label (default: slices.yaml beside the table)", "--slices")]
+_Behavior = Annotated[Optional[str],
+    _option("table of behavioral tests (default: behavior.csv beside the table)",
+            "--behavior-loc")]
 _Experiment = Annotated[Optional[str],
     _option("MLflow experiment (default: the setting)", "--experiment-name")]
 _TokenFile = Annotated[str,
@@ -128,14 +134,18 @@ def _model_run_id(values: dict[str, Any], alias: str) -> str:
 def _use_columns(text_columns: str|None, label_column: str|None, values: dict[str, Any],
                  alias: str) -> None:
     "Sets the columns before a command runs. Raises: UserError."
-    from madewithml.columns import set_columns, use_columns_of_run, use_columns_of_table
+    from madewithml.columns import (
+        set_columns, use_columns_of_run, use_columns_of_table, use_settings_of_table)
     if text_columns or label_column:
-        names = [name.strip() for name in (text_columns or "").split(",")]
-        set_columns([name for name in names if name], label_column)
-    elif run_id := _model_run_id(values, alias):
+        set_columns(split_names(text_columns or ""), label_column)
+    run_id = _model_run_id(values, alias)
+    if loc := values.get("dataset_loc"):
+        use_settings_of_table(loc, has_model=bool(run_id))
+    if text_columns or label_column: return
+    if run_id:
         use_columns_of_run(run_id)
-    elif values.get("dataset_loc"):
-        use_columns_of_table(values["dataset_loc"])
+    elif loc:
+        use_columns_of_table(loc)
 
 # %% ../nbs/90_cli.ipynb #e5bf3797
 _TextColumns = Annotated[Optional[str],
@@ -292,17 +302,6 @@ def get_best_run_id(
     from madewithml.tracking import find_best_run
     typer.echo(find_best_run(experiment_name or get_settings().experiment_name, metric, mode))
 
-# %% ../nbs/90_cli.ipynb #2f921c57
-def _parse_slices(text: str) -> dict[str, str]:
-    "Name to pandas query. Raises: UserError."
-    try:
-        slices = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"--slices is not JSON: {error}.") from None
-    if not isinstance(slices, dict):
-        raise UserError("--slices must be a JSON object: name to pandas query.")
-    return slices
-
 # %% ../nbs/90_cli.ipynb #794225d0
 @app.command()
 @column_options()
@@ -312,20 +311,17 @@ def evaluate(
     train_loc: Annotated[Optional[str],
         _option("table to train the TF-IDF baseline on (default: no baseline)",
                 "--train-loc")] = None,
-    slices: Annotated[str,
-        _option("additional slices as JSON: name to pandas query over the columns, text and label",
-                "--slices")] = "{}",
-    behavior_loc: Annotated[Optional[str],
-        _option("table of behavioral tests (default: the embedded one)", "--behavior-loc")] = None,
+    slices: _Slices = "",
+    behavior_loc: _Behavior = None,
     min_behavior: Annotated[float,
         _option("fraction of the behavioral tests that must pass, else exit code 1",
                 "--min-behavior", min=0, max=1)] = 0.0,
     results_fp: _Results = None,
 ) -> None:
     "Evaluate a run's classifier on a held-out table."
-    extra_slices = _parse_slices(slices)
-    from madewithml.evaluate import evaluate_model, require_behavior
-    results = evaluate_model(run_id, dataset_loc, extra_slices, behavior_loc, train_loc)
+    from madewithml.evaluate import evaluate_model, load_slices, require_behavior
+    own_slices = load_slices(dataset_loc, slices)
+    results = evaluate_model(run_id, dataset_loc, own_slices, behavior_loc, train_loc)
     shown = results.model_dump(include={"overall", "per_class", "slices"})
     _write_results(results, results_fp, shown)
     require_behavior(results, min_behavior)
@@ -397,12 +393,17 @@ def promote(
     force: Annotated[bool, _option("promote even if the gate rejects it", "--force")] = False,
     reason: Annotated[str,
         _option("why it is forced; stored with the decision", "--reason")] = "",
+    slices: _Slices = "",
+    behavior_loc: _Behavior = None,
     results_fp: _Results = None,
 ) -> None:
     "Promote the challenger to champion if it passes the gate. Exit code 1 if it does not."
+    from madewithml.evaluate import parse_slices
     from madewithml.gate import gate_table, require_promotion
     from madewithml.promotion import promote_model
-    results = promote_model(model_name, dataset_loc, policy, force, reason)
+    own_slices = parse_slices(slices) if slices else None
+    results = promote_model(model_name, dataset_loc, policy, force, reason, slices=own_slices,
+                            behavior_loc=behavior_loc)
     typer.echo(gate_table(results).to_string())
     shown = {"version": results.challenger.version, "decision": results.decision}
     if results.champion:

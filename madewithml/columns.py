@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ColumnProfile', 'profile_column', 'profile_table', 'ColumnChoice', 'choose_columns', 'set_columns',
-           'use_columns_of_table', 'use_columns_of_run']
+           'use_columns_of_table', 'use_settings_of_table', 'use_columns_of_run']
 
 # %% ../nbs/09_columns.ipynb #09a00004
 import ast, json, os
@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from .config import UserError, get_settings
-from .tables import TableReader, open_table, text_column
+from .config import UserError, get_settings, load_table_settings
+from .tables import TableReader, companion_file, open_table, text_column
 from .utils import get_logger
 
 # %% ../nbs/09_columns.ipynb #09a00011
@@ -148,6 +148,22 @@ def use_columns_of_table(
         choice = choose_columns(loc, profile_table(reader), labeled)
     get_logger().warning(f"{loc}: {choice.reason}. Other columns: --text-columns, --label-column.")
     set_columns(choice.text_columns, choice.label_column)
+
+# %% ../nbs/09_columns.ipynb #09a00037
+def use_settings_of_table(
+    loc:str|Path, # see `tables.list_table_files`
+    has_model:bool=False, # whether a model is used, which has columns and fallback label itself
+) -> None:
+    "Sets what `settings.yaml` beside the table says and nothing else has set. Raises: UserError."
+    given = load_table_settings(companion_file(loc, "settings.yaml")).model_dump(exclude_unset=True)
+    explicit = get_settings().model_fields_set
+    if has_model:
+        explicit = explicit | {"text_columns", "label_column", "fallback_label"}
+    for name, value in given.items():
+        if name not in explicit:
+            text = value if isinstance(value, str) else json.dumps(value)
+            os.environ[f"MADEWITHML_{name.upper()}"] = text
+    get_settings.cache_clear()
 
 # %% ../nbs/09_columns.ipynb #09a00036
 def use_columns_of_run(

@@ -20,7 +20,8 @@ from pyarrow import parquet
 from .config import UserError, bundled_dir, get_settings
 from .data import (build_texts, read_labeled_table, stratified_sample, stratified_split,
                              tokenize)
-from .models import (class_names, forward_batches, load_classifier, model_max_length,
+from .models import (class_names, fallback_label, forward_batches, load_classifier,
+    model_max_length,
                                softmax)
 from .tables import table_hash
 from .tracking import fetch_checkpoint, get_run, mlflow_client
@@ -137,6 +138,7 @@ class Reference:
     layer: int               # encoder layer of the embeddings
     frozen: bool             # whether the layers up to it were frozen during training
     words: dict[str, int]    # word to the number of rows that contain it, from 2 rows on
+    fallback: str = ""       # label of predictions with low confidence; empty: none
 
     @property
     def texts(self) -> np.ndarray:
@@ -166,10 +168,11 @@ def build_reference(
         labels=labels,
         layer=layer,
         frozen=num_frozen > 0,
-        words={word: count for word, count in words if count > 1})
+        words={word: count for word, count in words if count > 1},
+        fallback=fallback_label(model))
 
 # %% ../nbs/32_drift_reference.ipynb #843f8be1
-_METADATA = ("labels", "layer", "frozen", "words")
+_METADATA = ("labels", "layer", "frozen", "words", "fallback")
 
 def save_reference(
     reference:Reference, # to save

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from .config import UserError
 from .data import pad_sequences
-from .models import (class_names, load_classifier, model_max_length, recompute_borderline,
-                               resolve_precision, softmax)
+from .models import (class_names, fallback_label, load_classifier, model_max_length,
+    recompute_borderline, resolve_precision, softmax)
 from .storage import find_corruption
 from .utils import get_logger
 
@@ -239,6 +239,7 @@ class Engine:
         self.version = version
         self.run_id = run_id
         self.labels = class_names(model)
+        self.fallback_label = fallback_label(model)
         self.precision = resolve_precision(precision, model.device)
         self.threads = threads or os.cpu_count() or 1
         self.num_streams = min(self.threads, 4) if model.device.type == "cpu" else 1

@@ -139,7 +139,8 @@ class ShadowChallenger:
         engine = self.versions.engine
         if engine is None: return
         ids = [engine.encode(text) for text, _, _ in requests]
-        answers = format_predictions(engine.predict_proba(ids), engine.labels)
+        answers = format_predictions(
+            engine.predict_proba(ids), engine.labels, engine.fallback_label)
         for (text, expected, version), answer in zip(requests, answers, strict=True):
             predicted = answer["prediction"]
             self.metrics.shadow.labels("yes" if predicted == expected else "no").inc()

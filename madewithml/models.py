@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'resolve_encoder', 'load_tokenizer', 'check_max_length', 'quiet_transformers', 'build_classifier',
-           'class_names', 'set_seed', 'default_device', 'supports_bf16', 'resolve_precision', 'autocast',
-           'batch_to_tensors', 'batches_by_length', 'forward_batches', 'predict_logits', 'softmax',
+           'class_names', 'fallback_label', 'set_seed', 'default_device', 'supports_bf16', 'resolve_precision',
+           'autocast', 'batch_to_tensors', 'batches_by_length', 'forward_batches', 'predict_logits', 'softmax',
            'recompute_borderline', 'model_max_length', 'predict_proba', 'load_encoder', 'mean_pool', 'embed_texts',
            'save_classifier', 'load_classifier']
 
@@ -122,6 +122,12 @@ def class_names(
 ) -> list[str]:
     "The labels, in the order of the logits."
     return [model.config.id2label[i] for i in range(model.config.num_labels)]
+
+def fallback_label(
+    model:PreTrainedModel, # a classifier
+) -> str:
+    "The label of predictions with low confidence, a fact of the training table; empty: none."
+    return getattr(model.config, "fallback_label", "")
 
 # %% ../nbs/20_models.ipynb #0350e2b8
 def set_seed(

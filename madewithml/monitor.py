@@ -123,7 +123,8 @@ def reference_columns(
 ) -> dict[str, Any]:
     "The same columns of the reference; the categories of `prediction` include unused labels."
     rows, holdout = reference.rows[reference.texts], reference.rows[reference.holdout]
-    predicted = labels_with_fallback(holdout.probabilities, reference.labels)
+    predicted = labels_with_fallback(
+        holdout.probabilities, reference.labels, reference.fallback)
     return {
         "prediction": pd.Categorical(predicted, sorted({*reference.labels, *predicted})),
         "confidence": holdout.probabilities.max(1),
@@ -343,7 +344,8 @@ def _labeled_holdout(reference: Reference) -> tuple[np.ndarray, np.ndarray, np.n
     is_labeled = reference.holdout & (reference.label >= 0)
     probabilities = reference.rows.probabilities[is_labeled]
     truth = np.array(reference.labels)[reference.label[is_labeled]]
-    predicted = np.array(labels_with_fallback(probabilities, reference.labels))
+    predicted = np.array(
+        labels_with_fallback(probabilities, reference.labels, reference.fallback))
     return truth, predicted, probabilities.max(1)
 
 # %% ../nbs/62_monitor.ipynb #87b3e9d3
@@ -363,7 +365,7 @@ def realized_performance(
     "Weighted F1 on the window against the holdout's; None for too few rows on either side."
     base_truth, base_predicted, _ = _labeled_holdout(reference)
     if len(predicted) < MIN_WINDOW_ROWS or not len(base_truth): return None
-    names = sorted({*predicted, *truth, *reference.labels, get_settings().fallback_label})
+    names = sorted({*predicted, *truth, *base_predicted, *reference.labels})
     value, low, high = _f1_with_interval(truth, predicted, names)
     base, base_low, _ = _f1_with_interval(base_truth, base_predicted, names)
     # Source: Zou and Donner, Statistics in Medicine 27, 2008

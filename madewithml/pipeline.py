@@ -7,7 +7,7 @@ __all__ = ['Workload', 'package_hash', 'fingerprint', 'build_workloads', 'run_wo
            'run_single_workload']
 
 # %% ../nbs/71_pipeline.ipynb #0a6b72ca
-import ast, json, logging, os, re, time
+import ast, json, logging, os, re, shutil, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +24,8 @@ from madewithml.config import (CheckFailed, RunOptions, TrainOptions, TuneOption
 from .data import read_labeled_table, stratified_split
 from .report import write_report
 from .storage import copy_tree, exists, persistent_uri
-from .tables import list_table_files, table_hash, write_csv
+from .tables import (
+    COMPANIONS, companion_file, list_table_files, table_hash, write_csv)
 from .utils import atomic_path, content_hash, get_logger, temporary_env, write_json
 
 # %% ../nbs/71_pipeline.ipynb #f794ddee
@@ -71,18 +72,20 @@ def build_workloads(
 ) -> list[Callable[[], Workload]]:
     "The workloads in order; each is built when its turn comes, as most need the run id."
     train_options = train.model_dump_json(exclude_defaults=True)
-    behavior_loc = str(bundled_dir("datasets") / "behavior.csv")
+    companions = [str(path) for loc in (dataset_loc, holdout_loc) for name in COMPANIONS
+                  if (path := companion_file(loc, name))]
     embedded = str(bundled_dir("datasets") / "dataset.csv")
     predictions = folder / "predictions.csv"
     both = [dataset_loc, holdout_loc]
     return [
         lambda: Workload("validate", {"dataset_loc": dataset_loc, "holdout_loc": holdout_loc,
                                       "strict": dataset_loc == embedded,
-                                      "docs_dir": str(folder / "data_docs")}, both),
+                                      "docs_dir": str(folder / "data_docs")},
+                         [*both, *companions]),
         lambda: Workload("train", {"dataset_loc": dataset_loc, "train_options": train_options},
-                         [dataset_loc]),
+                         [dataset_loc, *companions]),
         lambda: Workload("evaluate", {"run_id": run_id(), "dataset_loc": holdout_loc,
-                                      "train_loc": dataset_loc}, [*both, behavior_loc]),
+                                      "train_loc": dataset_loc}, [*both, *companions]),
         lambda: Workload("predict", {"run_id": run_id(), "dataset_loc": predict_loc,
                                      "output": str(predictions)}, [predict_loc], [predictions]),
         lambda: Workload("register", {"run_id": run_id(), "holdout_loc": holdout_loc,
@@ -189,6 +192,9 @@ def _resolve_tables(dataset_loc: str, holdout_loc: str|None, folder: Path) -> tu
     for path, part in zip(paths, parts, strict=True):
         with atomic_path(path) as temporary:
             write_csv(part, temporary)
+    for name in COMPANIONS:
+        if path := companion_file(dataset_loc, name):
+            shutil.copyfile(path, folder / "split" / name)
     return str(paths[0]), str(paths[1])
 
 # %% ../nbs/71_pipeline.ipynb #5f57e5a2

@@ -17,10 +17,11 @@ from typing import Any
 from .ray_session import ray, ray_session
 import numpy as np, pyarrow as pa, torch
 
-from .config import Settings, UserError, get_settings
+from .config import UserError, get_settings
 from .data import (
     as_user_errors, join_text, open_checked_table, stream_table, table_texts)
-from .models import class_names, load_classifier, predict_proba, resolve_precision
+from .models import (
+    class_names, fallback_label, load_classifier, predict_proba, resolve_precision)
 from .schemas import PredictResults
 from .tables import (
     TableReader, check_output_schema, open_table_writer, output_format)
@@ -31,28 +32,32 @@ from .utils import get_logger
 def labels_with_fallback(
     probabilities:np.ndarray, # (rows, labels)
     names:list[str], # labels, in the order of the columns
-    threshold:float|None=None, # minimum probability, 0 to 1; None: `min_confidence`, see above
+    fallback:str="", # label of the model for low confidence; the setting wins
+    threshold:float|None=None, # minimum probability, 0 to 1; None: `min_confidence`
 ) -> list[str]:
-    "Most probable label of each row, or `fallback_label` below the threshold."
+    "Most probable label of each row, or the fallback label below the threshold."
     settings = get_settings()
+    fallback = settings.fallback_label or fallback
     if threshold is None:
-        is_default = settings.fallback_label == Settings.model_fields["fallback_label"].default
-        has_fallback = settings.fallback_label in names or not is_default
-        threshold = settings.min_confidence if has_fallback else 0
+        threshold = settings.min_confidence if fallback else 0
+    if threshold and not fallback:
+        raise UserError("A threshold needs a fallback label.",
+                        "Set MADEWITHML_FALLBACK_LABEL to what is predicted below it.")
     best = probabilities.argmax(1)
     confidence = probabilities[range(len(best)), best]
-    return [names[i] if value >= threshold else settings.fallback_label
+    return [names[i] if value >= threshold else fallback
             for i, value in zip(best, confidence, strict=True)]
 
 # %% ../nbs/31_predict.ipynb #4eac8d7a
 def format_predictions(
     probabilities:np.ndarray, # (rows, labels)
     names:list[str], # labels, in the order of the columns
+    fallback:str="", # see `labels_with_fallback`
     threshold:float|None=None, # see `labels_with_fallback`
 ) -> list[dict[str, Any]]:
     "Prediction and probabilities of each row, in descending order, rounded to six digits."
     predictions = []
-    labels = labels_with_fallback(probabilities, names, threshold)
+    labels = labels_with_fallback(probabilities, names, fallback, threshold)
     for label, row in zip(labels, probabilities, strict=True):
         ranked = {names[i]: round(float(row[i]), 6) for i in np.argsort(-row)}
         predictions.append({"prediction": label, "probabilities": ranked})
@@ -69,6 +74,7 @@ class Predictor:
         self.model, self.tokenizer = load_classifier(folder)
         self.precision = resolve_precision(precision, self.model.device)
         self.labels = class_names(self.model)
+        self.fallback_label = fallback_label(self.model)
 
     def predict_proba(self,
         texts:list[str], # joined texts, see `data.join_text`
@@ -83,7 +89,8 @@ class Predictor:
         "Prediction and probabilities of each item, in descending order."
         columns = get_settings().text_columns
         texts = [join_text(*(item.get(name, "") for name in columns)) for item in items]
-        return format_predictions(self.predict_proba(texts), self.labels, threshold)
+        probabilities = self.predict_proba(texts)
+        return format_predictions(probabilities, self.labels, self.fallback_label, threshold)
 
 # %% ../nbs/31_predict.ipynb #e1d6e7c8
 def _prediction_columns(names: list[str]) -> list[str]:
@@ -105,7 +112,8 @@ class _BatchPredictor:
     def __call__(self, table: pa.Table) -> pa.Table:
         names = self.predictor.labels
         probabilities = self.predictor.predict_proba(table_texts(table))
-        predictions = labels_with_fallback(probabilities, names, self.threshold)
+        predictions = labels_with_fallback(
+            probabilities, names, self.predictor.fallback_label, self.threshold)
         columns = {"prediction": pa.array(predictions, pa.string()),
                    "confidence": pa.array(probabilities.max(1).astype(np.float32))}
         for i, name in enumerate(names):

@@ -7,14 +7,15 @@ __all__ = ['paired_f1_difference', 'measure_latency', 'evaluate_candidates', 'pr
 
 # %% ../nbs/42_promotion.ipynb #bf92961b
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np, pandas as pd
 
 from .config import UserError, bundled_dir, get_settings, load_promotion_policy
 from .data import build_texts, read_labeled_table
-from .evaluate import (evaluate_predictions, read_behavioral_tests, run_behavioral_tests,
-                                 weighted_f1)
+from .evaluate import (evaluate_predictions, general_slices, load_behavioral_tests,
+    load_slices, run_behavioral_tests, weighted_f1)
 from .gate import evaluate_gate
 from .predict import Predictor
 from .registry import alias_lock, get_aliases, promote_challenger, resolve_alias
@@ -70,23 +71,24 @@ def _add_new_labels(proba: np.ndarray, names: list[str], rows: pd.DataFrame
     return np.hstack([proba, np.zeros((len(rows), len(new)))]), [*names, *new]
 
 # %% ../nbs/42_promotion.ipynb #70968587
-def _evaluate_predictor(predictor: Predictor, rows: pd.DataFrame, behavior_loc: str|Path|None,
-                        is_champion: bool) -> tuple[dict, np.ndarray]:
+def _evaluate_predictor(predictor: Predictor, rows: pd.DataFrame, tests: pd.DataFrame,
+                        slices: Mapping[str, str], is_champion: bool) -> tuple[dict, np.ndarray]:
     "The evaluation's part of `CandidateMetrics`, and the predicted label of each row."
     proba = predictor.predict_proba(build_texts(rows))
     names = predictor.labels
     if is_champion:
         proba, names = _add_new_labels(proba, names, rows)
-    evaluation = evaluate_predictions(rows, proba, names)
+    evaluation = evaluate_predictions(
+        rows, proba, names, general_slices(predictor.tokenizer) | dict(slices))
     metrics = {name: evaluation[name] for name in ("overall", "per_class", "slices")}
-    tests = read_behavioral_tests(behavior_loc, predictor.labels)
     metrics["behavior"] = run_behavioral_tests(tests, predictor.predict_proba, predictor.labels)
     return metrics, np.array(names)[proba.argmax(1)]
 
 def evaluate_candidates(
     versions:list[tuple[int, str, Path]], # version, MLflow run id, checkpoint directory of each
     rows:pd.DataFrame, # labeled rows that neither version has seen
-    behavior_loc:str|Path|None=None, # table of behavioral tests; None: the embedded one
+    tests:pd.DataFrame, # see `evaluate.load_behavioral_tests`
+    slices:Mapping[str, str], # besides the general ones, name to pandas query
     precision:str="auto", # 'auto', 'bf16' or 'fp32'
 ) -> tuple[list[CandidateMetrics], list[np.ndarray]]:
     "Metrics and predicted labels of each version. Raises: UserError."
@@ -95,7 +97,7 @@ def evaluate_candidates(
     latencies = measure_latency(predictors, texts[::max(1, len(texts) // 100)][:100])
     candidates, predictions = [], []
     for i, (version, run_id, folder) in enumerate(versions):
-        metrics, predicted = _evaluate_predictor(predictors[i], rows, behavior_loc, i > 0)
+        metrics, predicted = _evaluate_predictor(predictors[i], rows, tests, slices, i > 0)
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         p50, p99 = latencies[i]
         candidates.append(CandidateMetrics(version=version, run_id=run_id, p50_ms=p50, p99_ms=p99,
@@ -150,6 +152,9 @@ def promote_model(
     force:bool=False, # promote even if the gate rejects
     reason:str="", # required with `force`
     precision:str="auto", # 'auto', 'bf16' or 'fp32'
+    *,
+    slices:Mapping[str, str]|None=None, # besides the general ones; None: `evaluate.load_slices`
+    behavior_loc:str|Path|None=None, # see `evaluate.load_behavioral_tests`
 ) -> PromoteResults:
     "Promotes the challenger if it passes the gate. Raises: UserError; CheckFailed by `alias_lock`."
     if force and not reason.strip():
@@ -158,10 +163,12 @@ def promote_model(
     policy = load_promotion_policy(policy_loc)
     dataset_loc = dataset_loc or bundled_dir("datasets") / "holdout.csv"
     rows = read_labeled_table(dataset_loc, min_labels=1)
+    tests = load_behavioral_tests(dataset_loc, behavior_loc)
+    slices = load_slices(dataset_loc) if slices is None else slices
     aliases = get_aliases(name)
     versions = [(version, run_id, fetch_checkpoint(run_id))
                 for version, run_id in _compared_versions(name, aliases)]
-    candidates, predictions = evaluate_candidates(versions, rows, precision=precision)
+    candidates, predictions = evaluate_candidates(versions, rows, tests, slices, precision)
     challenger, champion = candidates if len(candidates) > 1 else (candidates[0], None)
     checks = evaluate_gate(challenger, champion, policy)
     decision = _decide(checks, force)

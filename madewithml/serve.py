@@ -194,7 +194,7 @@ class PredictionService:
         is_short = sum(map(len, texts)) < _MAX_INLINE_CHARS
         ids = encode() if is_short else await asyncio.to_thread(encode)
         probabilities = await self.batcher.batched_infer(engine, ids)
-        answers = format_predictions(probabilities, engine.labels)
+        answers = format_predictions(probabilities, engine.labels, engine.fallback_label)
         confidences = probabilities.max(1).tolist()
         for text, row, answer, confidence in zip(texts, ids, answers, confidences, strict=True):
             self.recorder.record(engine, text, row, answer, confidence)

@@ -24,7 +24,7 @@ from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from .config import TrainOptions, UserError, get_settings
+from .config import TrainOptions, UserError, get_settings, load_table_settings
 from .data import (RaggedTokens, build_label2id, build_texts, read_labeled_table,
     stratified_sample, stratified_split, tokenize)
 from .finetune import select_epoch
@@ -32,7 +32,7 @@ from .models import check_max_length, load_tokenizer, resolve_precision
 from .plots import plot_history
 from .schemas import EpochMetrics, TrainResults
 from .storage import exists, persistent_uri, remove_tree, resolve_uri
-from .tables import table_hash
+from .tables import companion_file, table_hash
 from .tracking import (CHECKPOINT, create_run, get_or_create_experiment,
     log_best_metrics, mlflow_client)
 from .train_job import TrainJob, worker_entrypoint
@@ -54,8 +54,9 @@ def resolve_train_job(
     precision = resolve_precision(options.precision, torch.device("cuda" if on_gpu else "cpu"))
     options = options.model_copy(update={"encoder": encoder, "precision": precision})
     settings = get_settings()
-    return TrainJob(str(dataset_loc), table_hash(dataset_loc), options,
-                    settings.text_columns, settings.label_column)
+    table = load_table_settings(companion_file(dataset_loc, "settings.yaml"))
+    return TrainJob(str(dataset_loc), table_hash(dataset_loc), options, settings.text_columns,
+                    settings.label_column, settings.fallback_label or table.fallback_label)
 
 # %% ../nbs/24_train.ipynb #6bd5ee04
 def prepare_datasets(

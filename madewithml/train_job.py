@@ -22,6 +22,7 @@ class TrainJob:
     options: TrainOptions # resolved, with precision 'bf16' or 'fp32'
     text_columns: tuple[str, ...]
     label_column: str
+    fallback_label: str = "" # of predictions with low confidence; empty: none
 
     @property
     def job_id(self) -> str:
@@ -34,6 +35,7 @@ class TrainJob:
         "Parameters of the MLflow run: options, hyperparameters, columns and table hash."
         options = self.options.model_dump(exclude={"experiment_name", "train_loop_config"})
         table = {"text_columns": self.text_columns, "label_column": self.label_column,
+                 "fallback_label": self.fallback_label,
                  "dataset_digest": self.dataset_digest}
         return options | self.options.config.model_dump() | table
 

@@ -5,7 +5,8 @@ import mlflow
 import numpy as np
 import pytest
 
-from madewithml.evaluate import read_behavioral_tests, run_behavioral_tests
+from madewithml.config import bundled_dir
+from madewithml.evaluate import load_behavioral_tests, run_behavioral_tests
 from madewithml.predict import Predictor
 
 MIN_PASS_RATE = {"minimum functionality": 0.9, "invariance": 0.9, "directional": 0.7}
@@ -21,7 +22,7 @@ def predictor(trained) -> Predictor:
 
 @pytest.mark.parametrize(("kind", "min_pass_rate"), MIN_PASS_RATE.items())
 def test_behavior(kind: str, min_pass_rate: float, predictor: Predictor) -> None:
-    tests = read_behavioral_tests()
+    tests = load_behavioral_tests(bundled_dir("datasets") / "holdout.csv")
     tests = tests[tests["kind"] == kind].reset_index(drop=True)
     results = run_behavioral_tests(tests, predictor.predict_proba, predictor.labels)
     failed = [result for result in results if not result.success]

@@ -36,7 +36,7 @@ def write_log(folder: Path, engine: Engine, texts: list[str], **options) -> Path
     log = PredictionLog(ServeConfig(log_dir=str(folder), **options))
     ids = [engine.encode(text) for text in texts]
     probabilities = engine.predict_proba(ids)
-    labels = labels_with_fallback(probabilities, engine.labels)
+    labels = labels_with_fallback(probabilities, engine.labels, engine.fallback_label)
     for text, tokens, row, label in zip(texts, ids, probabilities, labels, strict=True):
         assert log.add(text, version=1, run_id=engine.run_id, num_tokens=len(tokens),
                        unknown_tokens=tokens.count(engine.unknown_id), prediction=label,
@@ -88,7 +88,7 @@ def test_missing_class_in_a_log_without_texts(trained: Run, engine: Engine,
                                               tmp_path: Path) -> None:
     texts = read_texts("unlabeled") + read_texts("holdout")
     probabilities = engine.predict_proba([engine.encode(text) for text in texts])
-    labels = labels_with_fallback(probabilities, engine.labels)
+    labels = labels_with_fallback(probabilities, engine.labels, engine.fallback_label)
     others = [text for text, label in zip(texts, labels, strict=True) if label != "mlops"]
     code, stderr, results = monitor(trained, write_log(tmp_path / "log", engine, others[:100]))
     assert code == 1 and alarms(results) == {"predicted classes"} and "mlops" in stderr
