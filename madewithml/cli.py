@@ -214,9 +214,9 @@ def run(
     Validate, train, evaluate, predict and register, each as an executed notebook.
     """
     # An invalid table is reported before torch and Ray are imported.
-    from madewithml.data import read_labeled_table
+    from madewithml.data import read_labeled_table, read_training_table
     if dataset_loc is not None:
-        read_labeled_table(dataset_loc)
+        read_training_table(dataset_loc)
     if run_options.holdout_loc is not None:
         read_labeled_table(run_options.holdout_loc, min_labels=1)
     if dataset_loc is None:
@@ -294,8 +294,8 @@ def train(
     results_fp: _Results = None,
 ) -> None:
     "Fine-tune the classifier on a labeled table. With Ray Train, tracked in MLflow."
-    from madewithml.data import read_labeled_table
-    read_labeled_table(dataset_loc)  # report an invalid table before torch and Ray are imported
+    from madewithml.data import read_training_table
+    read_training_table(dataset_loc)  # report an invalid table before torch and Ray are imported
     from madewithml.train import train_model
     results = train_model(dataset_loc, options)
     best = results.metrics[results.best_epoch - 1].model_dump(include={"val_loss", "val_f1"})
@@ -318,8 +318,8 @@ def tune(
                 "(default: best.json beside the results)", "--best-fp")] = None,
 ) -> None:
     "Search for better hyperparameters. With Ray Tune, each trial tracked in MLflow."
-    from madewithml.data import read_labeled_table
-    read_labeled_table(dataset_loc)
+    from madewithml.data import read_training_table
+    read_training_table(dataset_loc)
     from madewithml.tune import tune_model
     results = tune_model(dataset_loc, options, search)
     results_fp = results_fp or get_settings().results_dir / "tune" / "tune.json"

@@ -18,8 +18,8 @@ from mlflow.exceptions import MlflowException
 from pyarrow import parquet
 
 from .config import UserError, bundled_dir, get_settings
-from .data import (build_texts, read_labeled_table, stratified_sample, stratified_split,
-                             tokenize)
+from .data import (build_texts, read_labeled_table, read_training_table,
+    stratified_sample, stratified_split, tokenize)
 from .models import (class_names, fallback_label, forward_batches, load_classifier,
     model_max_length,
                                softmax)
@@ -116,7 +116,8 @@ def load_run_data(
     params = _RunParams(run_id)
     loc, is_embedded = _training_table(run_id, params.get("dataset_digest"))
     seed = int(params.get("seed"))
-    rows = stratified_sample(read_labeled_table(loc), params.get_int("num_samples"), seed)
+    table, _ = read_training_table(loc)
+    rows = stratified_sample(table, params.get_int("num_samples"), seed)
     if holdout_loc is None and is_embedded:
         holdout_loc = bundled_dir("datasets") / "holdout.csv"
     if holdout_loc is None:

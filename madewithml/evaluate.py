@@ -29,7 +29,8 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from .config import CheckFailed, UserError, get_settings
-from .data import build_texts, open_checked_table, read_labeled_table, read_table
+from .data import (
+    build_texts, open_checked_table, read_labeled_table, read_table, read_training_table)
 from .models import class_names, load_classifier, predict_proba
 from .schemas import (
     BehavioralTestResult, CalibrationBin, ClassificationMetrics, EvaluateResults,
@@ -416,7 +417,7 @@ def evaluate_model(
     parts = evaluate_predictions(rows, proba(build_texts(rows)), names,
                                  general_slices(tokenizer) | own_slices)
     if train_loc is not None:
-        parts["overall"].baseline_f1 = baseline_f1(read_labeled_table(train_loc), rows)
+        parts["overall"].baseline_f1 = baseline_f1(read_training_table(train_loc)[0], rows)
     cases = load_behavioral_tests(dataset_loc, behavior_loc)
     return EvaluateResults(
         run_id=run_id, dataset_loc=str(dataset_loc), dataset_digest=table_hash(dataset_loc),

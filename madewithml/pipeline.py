@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from .ray_session import ray_session, worker_env_vars
-import nbformat, papermill
+import nbformat, papermill, pandas as pd
 from papermill.exceptions import PapermillExecutionError
 
 from madewithml.config import (CheckFailed, RunOptions, TrainOptions, TuneOptions, UserError,
     bundled_dir, get_settings, package_dir, parse_train_options, parse_tune_options,
     workload_path)
-from .data import read_labeled_table, stratified_split
+from .data import read_training_table, read_with_labels, stratified_split
 from .report import write_report
 from .storage import copy_tree, exists, persistent_uri
 from .tables import (
@@ -181,14 +181,23 @@ def _workload_session(folder: Path, address: str|None, dashboard: bool = False) 
         yield
 
 # %% ../nbs/71_pipeline.ipynb #e65793f5
+def _split_rows(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Four fifths and a fifth of the rows; those without a label are no reason to fail yet."
+    is_labeled = rows[get_settings().label_column] != ""
+    unlabeled = rows[~is_labeled]
+    cut = round(0.8 * len(unlabeled))
+    train, holdout = stratified_split(rows[is_labeled], 0.2)
+    return (pd.concat([train, unlabeled[:cut]], ignore_index=True),
+            pd.concat([holdout, unlabeled[cut:]], ignore_index=True))
+
 def _resolve_tables(dataset_loc: str, holdout_loc: str|None, folder: Path) -> tuple[str, str]:
     "Training table and holdout; without the latter, a fixed fifth of the former is held out."
     if holdout_loc is not None:
         list_table_files(holdout_loc)
-        read_labeled_table(dataset_loc)  # report an invalid table before anything starts
+        read_training_table(dataset_loc)  # report an invalid table before anything starts
         return dataset_loc, holdout_loc
     paths = folder / "split" / "train.csv", folder / "split" / "holdout.csv"
-    parts = stratified_split(read_labeled_table(dataset_loc), 0.2)
+    parts = _split_rows(read_with_labels(dataset_loc))
     for path, part in zip(paths, parts, strict=True):
         with atomic_path(path) as temporary:
             write_csv(part, temporary)

@@ -13,9 +13,10 @@ import pandas as pd, yaml
 
 from .config import UserError, get_settings
 from .data import read_labeled_table
-from .data_validation import parse_dates
+from .data_validation import ExpectationSpec, parse_dates
 from .suite import profile_suite, write_suite
 from .tables import companion_dir
+from .utils import temporary_env
 
 # %% ../nbs/13_project.ipynb #13a00011
 def _id_column(rows: pd.DataFrame) -> str:
@@ -66,6 +67,13 @@ def _behavior_header() -> str:
     names = ["kind", *columns, *(f"changed_{name}" for name in columns), "expected"]
     return pd.DataFrame(columns=names).to_csv(index=False)
 
+def _learn_suite(dataset_loc: str|Path, rows: pd.DataFrame) -> list[ExpectationSpec]:
+    "The suite of the table, with its id and creation time as such."
+    found = {"MADEWITHML_ID_COLUMN": _id_column(rows),
+             "MADEWITHML_TIMESTAMP_COLUMN": _timestamp_column(rows)}
+    with temporary_env(found):
+        return profile_suite(read_labeled_table(dataset_loc))
+
 def init_project(
     dataset_loc:str|Path, # labeled table, see `tables.list_table_files`
     folder:str|Path|None=None, # directory of the files; None: beside a local table
@@ -89,7 +97,7 @@ def init_project(
     path = folder / "suite.yaml"
     written[path] = not path.exists()
     if written[path]:
-        write_suite(profile_suite(rows), path, str(dataset_loc).rsplit("/", 1)[-1])
+        write_suite(_learn_suite(dataset_loc, rows), path, str(dataset_loc).rsplit("/", 1)[-1])
     return written
 
 # %% ../nbs/13_project.ipynb #13a00022

@@ -141,7 +141,10 @@ def _training(results: TrainResults) -> str:
              f"{m.samples_per_second:.0f}"] for m in results.metrics]
     run = f"Run {escape_cell(results.run_id)}, best epoch {results.best_epoch}"
     sizes = f"{results.num_train} training and {results.num_val} validation rows"
-    return f"{run}, {sizes}.\n\n{markdown_table(header, rows)}"
+    repairs = [[repair.name, repair.num_rows, "; ".join(repair.examples)]
+               for repair in results.repairs]
+    repaired = markdown_table(["repair of the table", "rows", "first rows"], repairs)
+    return f"{run}, {sizes}.\n\n{markdown_table(header, rows)}\n\n{repaired}".rstrip()
 
 # %% ../nbs/70_report.ipynb #3b3b0eb4
 _R = TypeVar("_R", bound=BaseResults)

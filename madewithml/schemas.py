@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Severity', 'MIN_WINDOW_ROWS', 'RESULT_SCHEMAS', 'StrictModel', 'BaseResults', 'ExpectationResult', 'ValidateResults',
-           'EpochMetrics', 'TrainResults', 'Trial', 'TuneResults', 'ClassificationMetrics', 'OverallMetrics',
+           'EpochMetrics', 'Repair', 'TrainResults', 'Trial', 'TuneResults', 'ClassificationMetrics', 'OverallMetrics',
            'CalibrationBin', 'BehavioralTestResult', 'Misclassification', 'EvaluateResults', 'PredictResults',
            'RegisterResults', 'CandidateMetrics', 'PolicyCheck', 'PromoteResults', 'DriftTestResult',
            'PerformanceEstimate', 'BinnedDistribution', 'DriftedExample', 'DriftExplanation', 'MonitorResults',
@@ -71,6 +71,12 @@ class EpochMetrics(StrictModel):
     samples_per_second: float = Field(ge=0, description="num_rows / train_time_s")
 
 # %% ../nbs/02_schemas.ipynb #b2623961
+class Repair(StrictModel):
+    "A change of the training table before training."
+    name: str = Field(description="what was changed, in words")
+    num_rows: int = Field(ge=1, description="rows that were changed or set aside")
+    examples: list[str] = Field(default_factory=list, description="the first of them")
+
 class TrainResults(BaseResults):
     "Results of the workload `train`."
     run_id: str = Field(description="MLflow run")
@@ -83,6 +89,7 @@ class TrainResults(BaseResults):
     num_train: int
     num_val: int
     labels: list[str]
+    repairs: list[Repair] = Field(default_factory=list, description="of the training table")
 
 # %% ../nbs/02_schemas.ipynb #0534072d
 class Trial(StrictModel):

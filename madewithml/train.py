@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import Empty
 
 from .ray_session import ray_session
-import ray, ray.train.torch, torch
+import pandas as pd, ray, ray.train.torch, torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
@@ -25,12 +25,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
 from .config import TrainOptions, UserError, get_settings, load_table_settings
-from .data import (RaggedTokens, build_label2id, build_texts, read_labeled_table,
+from .data import (RaggedTokens, build_label2id, build_texts, read_training_table,
     stratified_sample, stratified_split, tokenize)
 from .finetune import select_epoch
 from .models import check_max_length, load_tokenizer, resolve_precision
 from .plots import plot_history
-from .schemas import EpochMetrics, TrainResults
+from .schemas import EpochMetrics, Repair, TrainResults
 from .storage import exists, persistent_uri, remove_tree, resolve_uri
 from .tables import companion_file, table_hash
 from .tracking import (CHECKPOINT, create_run, get_or_create_experiment,
@@ -61,11 +61,13 @@ def resolve_train_job(
 # %% ../nbs/24_train.ipynb #6bd5ee04
 def prepare_datasets(
     job:TrainJob, # what to train on
+    table:pd.DataFrame|None=None, # its repaired rows; None: they are read
 ) -> tuple[RaggedTokens, RaggedTokens, dict[str, int]]:
     "Tokenized training and validation rows, and label ids."
     options = job.options
     label_column = get_settings().label_column
-    table = read_labeled_table(job.dataset_loc)
+    if table is None:
+        table, _ = read_training_table(job.dataset_loc)
     rows = stratified_sample(table, options.num_samples, options.seed)
     label2id = build_label2id(rows[label_column])
     tokenizer = load_tokenizer(options.encoder)
@@ -354,7 +356,7 @@ def _run_training(
 # %% ../nbs/24_train.ipynb #4fbf034f
 def _finalize_run(
     job: TrainJob, run_id: str, history: list[EpochMetrics], num_rows: tuple[int, int],
-    labels: list[str],
+    labels: list[str], repairs: list[Repair],
 ) -> TrainResults:
     "Logs the results to the MLflow run, ends it, and deletes the training state."
     client = mlflow_client()
@@ -363,7 +365,8 @@ def _finalize_run(
     results = TrainResults(
         run_id=run_id, experiment_name=job.options.experiment_name, dataset_loc=job.dataset_loc,
         dataset_digest=job.dataset_digest, params=job.params(), metrics=history,
-        best_epoch=best.epoch, num_train=num_train, num_val=num_val, labels=labels)
+        best_epoch=best.epoch, num_train=num_train, num_val=num_val, labels=labels,
+        repairs=repairs)
     log_new_epochs(client, run_id, history)
     client.log_figure(run_id, plot_history(history), "plots/history.png")
     client.log_dict(run_id, results.model_dump(), "train.json")
@@ -398,10 +401,14 @@ def train_model(
 ) -> TrainResults:
     "Fine-tunes on the table; the MLflow run has the classifier. Raises: UserError."
     job = resolve_train_job(dataset_loc, options)
-    train, val, label2id = prepare_datasets(job)
+    table, repairs = read_training_table(job.dataset_loc)
+    for repair in repairs:
+        get_logger().warning(f"{job.dataset_loc}: {repair.num_rows} {repair.name}.")
+    train, val, label2id = prepare_datasets(job, table)
     with ray_session():
         job = allocate_workers(job)
         run_id = resume_or_create_run(job)
         with _mark_failed_run(run_id):
             history = _run_training(job, run_id, train, val, label2id)
-            return _finalize_run(job, run_id, history, (len(train), len(val)), list(label2id))
+            return _finalize_run(
+                job, run_id, history, (len(train), len(val)), list(label2id), repairs)
