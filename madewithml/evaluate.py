@@ -325,14 +325,22 @@ def run_behavioral_tests(
 
 run_behavioral_tests.__test__ = False  # pytest must not collect it
 
+# %% ../nbs/30_evaluate.ipynb #fc77f0ae
+def _baseline_vectorizer(texts: list[str]) -> TfidfVectorizer:
+    "TF-IDF of words, or of characters if most of the texts have no word."
+    has_word = [bool(re.search(r"\w\w", text)) for text in texts]
+    if np.mean(has_word) > 0.5: return TfidfVectorizer(sublinear_tf=True)
+    return TfidfVectorizer(sublinear_tf=True, analyzer="char", ngram_range=(1, 3))
+
 # %% ../nbs/30_evaluate.ipynb #fc77f0af
 def fit_tfidf_baseline(
     train:pd.DataFrame, # labeled training rows
 ) -> Pipeline:
     "Fitted TF-IDF and logistic regression: texts in, labels out."
     classifier = LogisticRegression(C=10, max_iter=2000, class_weight="balanced")
-    pipeline = make_pipeline(TfidfVectorizer(sublinear_tf=True), classifier)
-    return pipeline.fit(build_texts(train), train[get_settings().label_column])
+    texts = build_texts(train)
+    pipeline = make_pipeline(_baseline_vectorizer(texts), classifier)
+    return pipeline.fit(texts, train[get_settings().label_column])
 
 # %% ../nbs/30_evaluate.ipynb #fc77f0b0
 def baseline_f1(

@@ -26,8 +26,9 @@ from .data import build_texts, normalize_label, read_table
 from .drift import (chi2_permutation_test, domain_classifier, fisher_greater_test,
                               holm_correction, ks_test, mmd_test, overrepresented_words,
                               population_stability_index, squared_distances)
-from .drift_reference import (Reference, RowFeatures, document_frequency,
-                                        extract_features, get_or_create_reference)
+from .drift_reference import (UNKNOWN_LANGUAGE, Reference, RowFeatures,
+                                        document_frequency, extract_features,
+                                        get_or_create_reference)
 from .evaluate import bootstrap_f1_interval, classification_metrics
 from .predict import labels_with_fallback
 from .prediction_log import SCHEMA
@@ -103,6 +104,10 @@ def select_window(
     return rows.tail(window).reset_index(drop=True)
 
 # %% ../nbs/62_monitor.ipynb #22c41288
+def _known_languages(rows: RowFeatures) -> np.ndarray:
+    "Language of each row that has one."
+    return rows.language[rows.language != UNKNOWN_LANGUAGE]
+
 def window_columns(
     log:pd.DataFrame, # rows of the window
     features:RowFeatures|None, # of the rows whose text is kept; None: too few are
@@ -115,7 +120,7 @@ def window_columns(
         "has_unknown_token": log["unknown_tokens"].to_numpy() > 0,
     }
     if features is None: return columns
-    return columns | {"embedding": features.embeddings, "language": features.language}
+    return columns | {"embedding": features.embeddings, "language": _known_languages(features)}
 
 # %% ../nbs/62_monitor.ipynb #152518fa
 def reference_columns(
@@ -131,7 +136,7 @@ def reference_columns(
         "num_chars": rows.num_chars,
         "has_unknown_token": rows.unknown_tokens > 0,
         "embedding": rows.embeddings,
-        "language": rows.language,
+        "language": _known_languages(rows),
     }
 
 # %% ../nbs/62_monitor.ipynb #0abad7b8
@@ -264,6 +269,7 @@ class Comparison:
     column: str                                      # of window and reference
     test: Callable[[Any, Any], Difference]           # of the two columns
     histogram: Callable[[Any, Any], dict]|None=None  # of the two columns; None: no plot
+    min_rows: int=1                                  # of each of the two columns
 
 # %% ../nbs/62_monitor.ipynb #bcb8ae02
 COMPARISONS = (
@@ -275,17 +281,30 @@ COMPARISONS = (
     Comparison("length", "num_chars", partial(compare_numbers, name="number of characters"),
                number_histogram),
     Comparison("unknown tokens", "has_unknown_token", compare_flags),
-    Comparison("language", "language", compare_languages, class_histogram),
+    Comparison("language", "language", compare_languages, class_histogram, MIN_WINDOW_ROWS),
 )
+
+# %% ../nbs/62_monitor.ipynb #9e418718
+def _why_impossible(comparison: Comparison, window: dict[str, Any],
+                    reference: dict[str, Any]) -> str:
+    "Why these columns cannot be compared; empty if they can."
+    if comparison.column not in window: return "the log has no texts"
+    for name, columns in (("window", window), ("reference", reference)):
+        count = len(columns[comparison.column])
+        if count < comparison.min_rows:
+            return (f"the {comparison.name} of {count} rows of the {name} is known, "
+                    f"{comparison.min_rows} are required")
+    return ""
 
 # %% ../nbs/62_monitor.ipynb #9e418719
 def _test_column(comparison: Comparison, window: dict[str, Any],
                  reference: dict[str, Any]) -> DriftTestResult:
     "Result of one comparison, its p-value not yet corrected."
-    if comparison.column not in window:
+    reason = _why_impossible(comparison, window, reference)
+    if reason:
         return DriftTestResult(name=comparison.name, num_samples=0, statistic=0, effect=0,
                                p_value=1, p_adjusted=1, alarm=False,
-                               observed="not possible: the log has no texts")
+                               observed=f"not possible: {reason}")
     values = window[comparison.column]
     difference = comparison.test(values, reference[comparison.column])
     return DriftTestResult(name=comparison.name, num_samples=len(values), p_adjusted=1,
@@ -447,7 +466,7 @@ def _distributions(rows: pd.DataFrame, features: RowFeatures|None,
                                **comparison.histogram(window[comparison.column],
                                                       expected[comparison.column]))
             for comparison in COMPARISONS
-            if comparison.histogram and comparison.column in window]
+            if comparison.histogram and not _why_impossible(comparison, window, expected)]
 
 # %% ../nbs/62_monitor.ipynb #5271c9a6
 def _analyze(rows: pd.DataFrame, labels: dict[str, str], run_id: str) -> dict[str, Any]:

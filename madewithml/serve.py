@@ -130,8 +130,7 @@ class _Recorder:
     def record(self, engine: Engine, text: str, ids: list[int], answer: dict[str, Any],
                confidence: float) -> None:
         prediction = answer["prediction"]
-        self.metrics.predictions.labels(prediction, str(engine.version)).inc()
-        self.metrics.confidence.observe(confidence)
+        self.metrics.count_prediction(prediction, confidence, engine.version, len(engine.labels))
         if self.prediction_log:
             self.prediction_log.add(
                 text, version=engine.version, run_id=engine.run_id, num_tokens=len(ids),
@@ -314,9 +313,9 @@ class ErrorResponse(BaseModel):
 def item_schema(
     config:ServeConfig, # with the limits
 ) -> type[BaseModel]:
-    "Schema of an item: the text columns of the settings, of which the first is required."
+    "Schema of an item: the text columns of the settings, the first required; null: empty."
     first, *others = get_settings().text_columns
-    text = lambda default: (str, Field(default, max_length=config.max_text_chars))
+    text = lambda default: (str | None, Field(default, max_length=config.max_text_chars))
     fields = {first: text(...), **{name: text("") for name in others}}
     return create_model("Item", __config__=ConfigDict(extra="forbid"), **fields)
 
@@ -339,6 +338,8 @@ def _responses(*statuses: int) -> dict[int|str, dict[str, Any]]:
 # %% ../nbs/56_serve.ipynb #7209f5bd
 def _format_request_error(error: RequestValidationError) -> str:
     "The first validation error that concerns the kind of body that was sent: field and reason."
+    if isinstance(error.body, bytes):
+        return "The body was not read as JSON. Send the header Content-Type: application/json."
     errors = error.errors()
     is_list = isinstance(error.body, list)
     relevant = [each for each in errors
@@ -372,7 +373,8 @@ def _add_prediction_routes(app: FastAPI, service: PredictionService) -> None:
               responses=_responses(*_COMMON_ERRORS) | {200: {"model": PredictResponse}})
     async def predict(items: Annotated[Item | Items, Body(openapi_examples=_EXAMPLES)]) -> Response:
         items = items if isinstance(items, list) else [items]
-        texts = [join_text(*item.model_dump().values()) for item in items]
+        rows = [item.model_dump().values() for item in items]
+        texts = [join_text(*(part or "" for part in row)) for row in rows]
         engine, answers = await service.predict(texts)
         return JSONResponse({"results": answers, **model_info(engine)})
 

@@ -1,6 +1,7 @@
 const form = document.querySelector('form')
 const bars = document.querySelector('#bars')
 const note = document.querySelector('#note')
+const MAX_BARS = 10
 
 function element(className, text = '') {
   const span = document.createElement('span')
@@ -20,13 +21,24 @@ function probabilityBar(label, probability, isBest) {
   return row
 }
 
+function remainder(ranked) {
+  const row = document.createElement('div')
+  const share = ranked.reduce((sum, [, probability]) => sum + probability, 0)
+  row.className = 'more'
+  row.textContent = `${ranked.length} more, together ${(100 * share).toFixed(1)} %`
+  return row
+}
+
 function show({results, version, run_id}) {
   const {prediction, probabilities} = results[0]
-  const rows = Object.entries(probabilities)
+  // An object lists names that look like numbers first, whatever their order in the response.
+  const ranked = Object.entries(probabilities).sort(([, a], [, b]) => b - a)
+  const rows = ranked.slice(0, MAX_BARS)
     .map(([label, probability]) => probabilityBar(label, probability, label === prediction))
+  if (ranked.length > MAX_BARS) rows.push(remainder(ranked.slice(MAX_BARS)))
   bars.replaceChildren(...rows)
   const model = version ? `version ${version}` : `run ${run_id}`
-  const isFallback = probabilities[prediction] < Math.max(...Object.values(probabilities))
+  const isFallback = !(probabilities[prediction] >= ranked[0][1])
   const reason = isFallback ? ' No class reaches the minimum probability.' : ''
   note.textContent = `${prediction}, predicted by ${model}.${reason}`
 }

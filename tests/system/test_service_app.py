@@ -1,8 +1,14 @@
 """The service's application in this process, without Ray, with an untrained classifier."""
+import json
+import shutil
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from pyarrow import parquet
 
@@ -20,16 +26,17 @@ from madewithml.utils import get_logger, temporary_storage
 LABELS = ("computer-vision", "mlops", "natural-language-processing", "other")
 
 
-def register_version(folder: Path) -> str:
+def register_version(folder: Path, labels: tuple[str, ...] = LABELS,
+                     name: str = "madewithml") -> str:
     """Registers an untrained classifier; the champion points to it. Returns the run's id."""
     client = mlflow_client()
     set_seed(0)
-    model = build_classifier("embedded", {name: i for i, name in enumerate(LABELS)})
+    model = build_classifier("embedded", {label: i for i, label in enumerate(labels)})
     run = client.create_run(get_or_create_experiment("demo")).info
     checkpoint = save_classifier(model, load_tokenizer("embedded"), folder / run.run_id, 64)
     client.log_artifacts(run.run_id, checkpoint, CHECKPOINT)
-    version = client.create_model_version("madewithml", run.artifact_uri, run.run_id).version
-    client.set_registered_model_alias("madewithml", "champion", version)
+    version = client.create_model_version(name, run.artifact_uri, run.run_id).version
+    client.set_registered_model_alias(name, "champion", version)
     return run.run_id
 
 
@@ -69,7 +76,35 @@ def test_answers_single_items_and_lists_alike(client: TestClient) -> None:
     assert [each["prediction"] for each in answers[:3]] == [each["prediction"] for each in alone]
 
 
+@pytest.mark.parametrize("path", ["/predict", "/predict/"])
+@pytest.mark.parametrize("description", [None, ""])
+def test_answers_the_clients_of_the_course(path: str, description: str | None,
+                                           service: PredictionService) -> None:
+    """Without the final slash, without a content type, with a null: the same answer, at once."""
+    content = json.dumps({"title": "text", "description": description})
+    with TestClient(create_app(service), follow_redirects=False) as client:
+        response = client.post(path, content=content)
+        assert response.status_code == 200, response.text
+        assert response.json() == client.post("/predict/", json={"title": "text"}).json()
+        page = {"origin": "http://elsewhere.example"}
+        assert client.post(path, content=content, headers=page).status_code == 422
+        null = client.post(path, content=json.dumps([{"title": None, "description": None}]))
+        empty = client.post(path, json=[{"title": ""}])
+        assert null.json() == empty.json()
+
+
+def test_evaluates_for_the_clients_of_the_course(client: TestClient) -> None:
+    """The table is found without the final slash and without a content type."""
+    content = json.dumps({"dataset": "no-such-table.csv"})
+    for path in ("/evaluate", "/evaluate/"):
+        assert client.post(path, content=content, follow_redirects=False).status_code == 404
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/predict/", "/evaluate/"} <= set(paths)
+    assert not {"/predict", "/evaluate"} & set(paths)
+
+
 @pytest.mark.parametrize(("body", "detail"), [
+    ({"title": "a", "text": "b"}, "text: Extra inputs are not permitted."),
     ({"title": 7}, "title: Input should be a valid string."),
     ({"titel": "a"}, "title: Field required."),
     ([], "List should have at least 1 item after validation, not 0."),
@@ -100,6 +135,69 @@ def test_follows_the_champion_but_not_to_a_corrupt_version(
 
 
 def test_logs_every_prediction(service: PredictionService, folder: Path) -> None:
-    """What the tests above asked for: a list of 59 and three single items."""
+    """What the tests above asked for: a list of 59, three single items, four times four."""
     service.recorder.prediction_log.close()
-    assert parquet.read_table(folder / "log").num_rows == 62
+    assert parquet.read_table(folder / "log").num_rows == 78
+
+
+@contextmanager
+def listening(service: PredictionService) -> Iterator[str]:
+    """A real server of the application for the length of the block; yields its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{port.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(30)
+
+
+@pytest.fixture(scope="module", params=[77, 151, 1000])
+def many_classes(request: pytest.FixtureRequest, folder: Path) -> Iterator[PredictionService]:
+    """A service of a model whose classes are named by numbers, which browsers reorder."""
+    name = f"classes-{request.param}"
+    mlflow_client().create_registered_model(name)
+    register_version(folder, tuple(str(i) for i in range(request.param)), name)
+    service = PredictionService(ServeConfig(model_name=name, poll_interval_s=0,
+                                            request_timeout_s=60))
+    yield service
+    service.close()
+
+
+def test_page_shows_the_most_probable_of_many_classes(many_classes: PredictionService) -> None:
+    """Ten bars in descending order, and how many classes more there are."""
+    from playwright.sync_api import sync_playwright
+
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    num_classes = len(many_classes.engine.labels)
+    with listening(many_classes) as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 800, "height": 900})
+        page.goto(f"{url}/ui")
+        page.get_by_label("Title").fill("YOLO in the browser")
+        page.get_by_role("button").click()
+        page.wait_for_selector(".more")
+        answer = page.request.post(f"{url}/predict", data={"title": "YOLO in the browser"}).json()
+        probabilities = answer["results"][0]["probabilities"]
+        assert len(probabilities) == num_classes
+        shares = sorted(probabilities.values(), reverse=True)[:10]
+        shown = page.locator(".row .share").all_inner_texts()
+        assert shown == [f"{100 * share:.1f} %" for share in shares]
+        assert page.locator(".more").inner_text().startswith(f"{num_classes - 10} more, together")
+        assert page.evaluate("document.body.scrollHeight") <= 1000
+        browser.close()
+
+
+def test_metrics_of_many_classes_are_bounded(many_classes: PredictionService) -> None:
+    """A series per predicted class up to 200 classes, one for all beyond."""
+    items = [{"title": f"text {i} " * i} for i in range(1, 60)]
+    with TestClient(create_app(many_classes)) as client:
+        client.post("/predict/", json=items)
+        lines = client.get("/metrics").text.splitlines()
+    version = f'version="{many_classes.engine.version}"'
+    without_class = [line for line in lines if f'_total{{label="",{version}}}' in line]
+    assert len(without_class) == (len(many_classes.engine.labels) > 200)
+    assert sum(line.startswith("madewithml_predictions_total") for line in lines) <= 200
