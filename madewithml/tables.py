@@ -247,7 +247,8 @@ def sniff_csv_dialect(
         path = Path(folder) / "sample.csv"
         path.write_text(sample, encoding="utf-8", newline="")
         try:
-            query = "SELECT Delimiter, Quote, Escape FROM sniff_csv(?, all_varchar=true)"
+            query = ("SELECT Delimiter, Quote, Escape "  # rows that begin with # are rows
+                     "FROM sniff_csv(?, all_varchar=true, comment='')")
             with duckdb.connect() as connection:
                 [found] = connection.execute(query, [str(path)]).fetchall()
         except duckdb.Error:

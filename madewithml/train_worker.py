@@ -18,6 +18,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 from ray.util.queue import Queue
 from transformers import PreTrainedTokenizerFast
 
+from .config import TrainOptions
 from .data import RaggedTokens
 from .finetune import (FineTuner, WorkerContext, apply_temperature, get_class_weights,
     linear_probe_init, select_epoch, total_steps, train_epochs)
@@ -25,7 +26,6 @@ from madewithml.models import (build_classifier, load_classifier, load_tokenizer
     set_seed)
 from .schemas import EpochMetrics
 from .storage import find_corruption, write_checksums
-from .train_job import TrainJob
 
 # %% ../nbs/22_train_worker.ipynb #d3aa2a29
 CLASSIFIER = "classifier"
@@ -121,11 +121,11 @@ def _reported_checkpoints() -> list[tuple[Checkpoint, dict[str, Any]]]:
 
 # %% ../nbs/22_train_worker.ipynb #46ed0f48
 def _start_or_resume(
-    job: TrainJob, label2id: dict[str, int], train: RaggedTokens, pad_id: int,
-    folder: Path|None,
+    options: TrainOptions, label2id: dict[str, int], train: RaggedTokens, pad_id: int,
+    folder: Path|None, fallback_label: str,
 ) -> tuple[FineTuner, list[EpochMetrics]]:
     "The trainer at the checkpoint in the folder, or at the start, and the epochs behind it."
-    options, config = job.options, job.options.config
+    config = options.config
     context = ray.train.get_context()
     on_gpu = options.gpu_per_worker > 0
     device = ray.train.torch.get_device() if on_gpu else torch.device("cpu")
@@ -133,7 +133,7 @@ def _start_or_resume(
         model, _ = load_classifier(folder / CLASSIFIER, device)
     else:
         model = build_classifier(options.encoder, label2id, config.dropout_p).to(device)
-        model.config.fallback_label = job.fallback_label
+        model.config.fallback_label = fallback_label
         if config.linear_probe_init:
             linear_probe_init(model, train, pad_id, options.precision)
     trainer = FineTuner(model, config, total_steps(len(train), config), pad_id, options.precision,
@@ -177,7 +177,8 @@ def train_loop_per_worker(
 
     with first_intact_checkpoint(_reported_checkpoints(), progress.warn) as folder:
         trainer, history = _start_or_resume(
-            loop["job"], loop["label2id"], train, tokenizer.pad_token_id, folder)
+            options, loop["label2id"], train, tokenizer.pad_token_id, folder,
+            loop["job"].fallback_label)
 
     for metrics in train_epochs(trainer, train, val, history, progress.step):
         history.append(metrics)
