@@ -21,7 +21,7 @@ from mlflow.models import infer_signature
 from .config import CheckFailed, UserError, get_settings
 from .models import load_classifier, quiet_transformers
 from .schemas import RegisterResults
-from .tracking import current_user, fetch_checkpoint, mlflow_client
+from .tracking import current_user, fetch_checkpoint, get_run, mlflow_client
 
 # %% ../nbs/40_registry.ipynb #3c674e4c
 def get_aliases(
@@ -155,17 +155,22 @@ def log_model(
     model, tokenizer = load_classifier(folder)
     # MLflow would record a local path, and would look up any name on a model hub.
     model.name_or_path = f"run:{run_id}"
-    with quiet_transformers(), mlflow.start_run(run_id=run_id, log_system_metrics=False):
+    client = mlflow_client()
+    # Inside `mlflow.start_run` the run would be RUNNING again, and stay so if killed.
+    run = get_run(run_id)
+    created = client.create_logged_model(run.info.experiment_id, "model", source_run_id=run_id,
+                                         params=run.data.params)
+    with quiet_transformers():
         classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
         example = ["A transformer that summarizes news."]
         signature = infer_signature(example, pd.DataFrame(classify(example)))
         logged = mlflow.transformers.log_model(
-            classify, name="model", task="text-classification", signature=signature,
-            input_example=example, model_config={"truncation": True},
+            classify, model_id=created.model_id, run_id=run_id, task="text-classification",
+            signature=signature, input_example=example, model_config={"truncation": True},
             pip_requirements=_pinned_requirements())
         with tempfile.TemporaryDirectory() as tokenizer_dir:
             tokenizer.save_pretrained(tokenizer_dir)
-            mlflow_client().log_model_artifacts(logged.model_id, tokenizer_dir, "model")
+            client.log_model_artifacts(logged.model_id, tokenizer_dir, "model")
     return logged.model_uri
 
 # %% ../nbs/40_registry.ipynb #cbdfa439
