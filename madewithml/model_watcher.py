@@ -83,7 +83,7 @@ def _has_challenger(model_name: str) -> bool|None:
     "Whether there is a challenger; None if the registry cannot be reached."
     try:
         return "challenger" in get_aliases(model_name or None)
-    except (MlflowException, OSError) as error:
+    except (UserError, MlflowException, OSError) as error:
         get_logger().warning(f"challenger: {error}")
         return None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .ray_session import ray_session, worker_env_vars
+from .ray_session import check_cluster, ray_session, worker_env_vars
 import nbformat, papermill, pandas as pd
 from papermill.exceptions import PapermillExecutionError
 
@@ -26,6 +26,7 @@ from .report import write_report
 from .storage import copy_tree, exists, persistent_uri
 from .tables import (
     COMPANIONS, companion_file, list_table_files, table_hash, write_csv)
+from .tracking import mlflow_client
 from .utils import atomic_path, content_hash, get_logger, temporary_env, write_json
 
 # %% ../nbs/71_pipeline.ipynb #f794ddee
@@ -100,13 +101,17 @@ def _from_kernel_error(error: PapermillExecutionError, executed: Path) -> Except
     return RuntimeError(f"{error.ename}: {error.evalue} (the whole traceback is in {executed})")
 
 # %% ../nbs/71_pipeline.ipynb #a1ff1036
+def _literal(path: Path) -> str:
+    "The path for papermill, which takes a name in braces for a parameter."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
 def _execute(workload: Workload, folder: Path, parameters: dict[str, Any]) -> None:
     "Executes the notebook; a failed copy is kept beside. Raises: UserError, CheckFailed."
     failed = folder / f"{workload.name}.failed.ipynb"
     with atomic_path(folder / f"{workload.name}.ipynb") as executed:
         try:
             papermill.execute_notebook(
-                str(workload.notebook), str(executed), parameters, cwd=os.getcwd(),
+                _literal(workload.notebook), _literal(executed), parameters, cwd=os.getcwd(),
                 progress_bar=False, log_output=True, kernel_name="python3",
                 extra_arguments=["--log-level=ERROR"])
         except PapermillExecutionError as error:
@@ -223,6 +228,8 @@ def run_pipeline(
     run:RunOptions=RunOptions(), # of the run
 ) -> Path:
     "The report, after all workloads that were not up to date. Raises: UserError, CheckFailed."
+    check_cluster(run.address)
+    mlflow_client()  # a server that does not answer is reported before the first workload
     folder = get_settings().results_dir / run.run_name
     dataset, holdout = _resolve_tables(str(dataset_loc), run.holdout_loc, folder)
     predict_loc = run.predict_loc or holdout

@@ -18,17 +18,24 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 
-from .config import CheckFailed, UserError, get_settings
+from .config import CheckFailed, UserError, check_model_name, get_settings
 from .models import load_classifier, quiet_transformers
 from .schemas import RegisterResults
-from .tracking import current_user, fetch_checkpoint, mlflow_client
+from .tracking import current_user, fetch_checkpoint, get_run, mlflow_client
 
 # %% ../nbs/40_registry.ipynb #3c674e4c
+def _model_name(name: str|None) -> str:
+    "The name, or that of the setting. Raises: UserError for one that MLflow cannot take."
+    try:
+        return check_model_name(name) or get_settings().registry_name
+    except ValueError as error:
+        raise UserError(f"--model-name: {error}, got {name!r}.") from None
+
 def get_aliases(
     name:str|None=None, # registered model; None: the setting `registry_name`
 ) -> dict[str, int]:
     "Version that each alias points at; empty if no model is registered under the name."
-    name = name or get_settings().registry_name
+    name = _model_name(name)
     try:
         aliases = mlflow_client().get_registered_model(name).aliases
     except MlflowException as error:
@@ -42,7 +49,7 @@ def get_version_run(
     name:str|None=None, # registered model; None: the setting `registry_name`
 ) -> str:
     "Id of the MLflow run that trained the version. Raises: UserError for an unknown version."
-    name = name or get_settings().registry_name
+    name = _model_name(name)
     try:
         return mlflow_client().get_model_version(name, str(version)).run_id
     except MlflowException:
@@ -53,7 +60,7 @@ def resolve_alias(
     name:str|None=None, # registered model; None: the setting `registry_name`
 ) -> tuple[int, str]:
     "Version and MLflow run id of the alias. Raises: UserError if the alias is not set."
-    name = name or get_settings().registry_name
+    name = _model_name(name)
     aliases = get_aliases(name)
     if alias not in aliases:
         raise UserError(f"{name!r} has no {alias}.", "`madewithml register` sets the challenger, "
@@ -128,7 +135,7 @@ def rollback(
     if not reason.strip():
         raise UserError("--reason is required: it is stored with the version that is replaced.")
     client = mlflow_client()
-    name = name or get_settings().registry_name
+    name = _model_name(name)
     aliases = get_aliases(name)
     if "previous" not in aliases:
         raise UserError(f"{name!r} has no previous champion to roll back to.")
@@ -155,25 +162,32 @@ def log_model(
     model, tokenizer = load_classifier(folder)
     # MLflow would record a local path, and would look up any name on a model hub.
     model.name_or_path = f"run:{run_id}"
-    with quiet_transformers(), mlflow.start_run(run_id=run_id, log_system_metrics=False):
+    client = mlflow_client()
+    # Inside `mlflow.start_run` the run would be RUNNING again, and stay so if killed.
+    run = get_run(run_id)
+    created = client.create_logged_model(run.info.experiment_id, "model", source_run_id=run_id,
+                                         params=run.data.params)
+    with quiet_transformers():
         classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
         example = ["A transformer that summarizes news."]
         signature = infer_signature(example, pd.DataFrame(classify(example)))
         logged = mlflow.transformers.log_model(
-            classify, name="model", task="text-classification", signature=signature,
-            input_example=example, model_config={"truncation": True},
+            classify, model_id=created.model_id, run_id=run_id, task="text-classification",
+            signature=signature, input_example=example, model_config={"truncation": True},
             pip_requirements=_pinned_requirements())
         with tempfile.TemporaryDirectory() as tokenizer_dir:
             tokenizer.save_pretrained(tokenizer_dir)
-            mlflow_client().log_model_artifacts(logged.model_id, tokenizer_dir, "model")
+            client.log_model_artifacts(logged.model_id, tokenizer_dir, "model")
     return logged.model_uri
 
 # %% ../nbs/40_registry.ipynb #cbdfa439
 def _create_version(model_uri: str, name: str, run_id: str) -> ModelVersion:
     "A new version of the registered model, which is created if missing."
     client = mlflow_client()
-    if not client.search_registered_models(f"name = '{name}'", max_results=1):
+    try:
         client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS": raise
     return client.create_model_version(name, model_uri, run_id=run_id)
 
 def register_model(
@@ -183,10 +197,11 @@ def register_model(
 ) -> RegisterResults:
     "Registers the run's best checkpoint once and sets the alias. Raises: UserError, unknown run."
     client = mlflow_client()
-    name = name or get_settings().registry_name
+    name = _model_name(name)
     folder = fetch_checkpoint(run_id)
-    versions = client.search_model_versions(f"name = '{name}'")
-    version = next((version for version in versions if version.run_id == run_id), None)
+    # A filter cannot hold every name: it has no escape for a quote.
+    versions = client.search_model_versions(f"run_id = '{run_id}'")
+    version = next((version for version in versions if version.name == name), None)
     if version is None:
         version = _create_version(log_model(run_id, folder), name, run_id)
     client.set_registered_model_alias(name, alias, version.version)

@@ -141,9 +141,16 @@ def _complete_point(point: dict, space: dict, config: TrainConfig) -> dict[str, 
 
 # %% ../nbs/25_search_space.ipynb #020d37ff
 def _is_possible(value: Any, distribution: dict[str, list]) -> bool:
-    "Whether the search can start at this value of the distribution."
+    "Whether the search can start at this value, possibly outside of the distribution."
     if "choice" in distribution: return value in distribution["choice"]
     return value > 0 or not any("log" in kind for kind in distribution)
+
+def _is_inside(value: Any, distribution: dict[str, list]) -> bool:
+    "Whether the distribution can draw this value."
+    (kind, arguments), = distribution.items()
+    if kind == "choice": return value in arguments
+    low, high = arguments
+    return low <= value < high if "int" in kind else low <= value <= high
 
 # %% ../nbs/25_search_space.ipynb #1ee1f175
 def parse_initial_params(
@@ -155,10 +162,12 @@ def parse_initial_params(
     if not text.strip():
         point = _complete_point({}, space, config)
         return [point] if all(_is_possible(point[name], space[name]) for name in space) else []
-    points = [_complete_point(point, space, config) for point in _read_points(text)]
-    for point in points:
+    given = _read_points(text)
+    points = [_complete_point(point, space, config) for point in given]
+    for names, point in zip(given, points, strict=True):
         for name, value in point.items():
-            if not _is_possible(value, space[name]):
+            is_valid = _is_inside if name in names else _is_possible
+            if not is_valid(value, space[name]):
                 raise UserError(f"--initial-params: {name!r}: {value} is not in the search space.",
-                                "Give each point a value that is.")
+                                f"It has {json.dumps(space[name])}.")
     return points

@@ -8,6 +8,7 @@ __all__ = ['resolve_uri', 'persistent_uri', 'exists', 'copy_tree', 'remove_tree'
 # %% ../nbs/03_storage.ipynb #f6194c3d
 import json
 from pathlib import Path
+from urllib.parse import quote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -37,7 +38,7 @@ def persistent_uri(
     "Path or URI of data that must outlive this machine: under `shared_uri`, else `storage_dir`."
     settings = get_settings()
     root = settings.shared_uri.rstrip("/") or str(settings.storage_dir)
-    return "/".join([root, *parts])
+    return "/".join([root, *(map(quote, parts) if "://" in root else parts)])
 
 # %% ../nbs/03_storage.ipynb #0f0c0a15
 def exists(

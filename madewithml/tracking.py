@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINT', 'mlflow_client', 'get_or_create_experiment', 'provenanc
            'log_best_metrics', 'get_run', 'find_best_run', 'fetch_checkpoint']
 
 # %% ../nbs/04_tracking.ipynb #0df62e99
-import getpass, json, logging, os, subprocess, time
+import getpass, json, logging, math, os, re, subprocess, threading, time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,21 +22,53 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from .config import UserError, get_settings, package_dir
 from .schemas import EpochMetrics, Trial
 from .storage import persistent_uri
-from .utils import atomic_path, content_hash
+from .utils import atomic_path, content_hash, temporary_env
+
+# %% ../nbs/04_tracking.ipynb #28c49fef
+_FIRST_REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "6"}
+_FAILURE_VALID_S = 10  # several stages of a command may connect
+_check_lock = threading.Lock()  # the environment belongs to all threads
+_checked: dict[str, tuple[float, str]] = {}  # tracking URI to time and reason; no reason: it works
+
+def _failure_reason(uri: str) -> str:
+    "Why MLflow does not answer; empty if it does."
+    try:
+        with temporary_env(_FIRST_REQUEST):
+            mlflow.MlflowClient(uri).search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError) as error:
+        known = re.search("Connection refused|Read timed out|[Cc]onnect(ion to .+)? timed out"
+                          "|Name or service not known|error code [0-9]+", str(error))
+        return known[0] if known else re.split(r"\.?\n|\. ", str(error).strip())[0]
+    return ""
+
+def _require_connection(uri: str) -> None:
+    "Raises: UserError if MLflow does not answer; once it has, nothing is checked again."
+    with _check_lock:
+        checked_at, reason = _checked.get(uri, (-math.inf, "unknown"))
+        if reason and time.monotonic() - checked_at > _FAILURE_VALID_S:
+            reason = _failure_reason(uri)
+            _checked[uri] = time.monotonic(), reason
+    if not reason: return
+    hint = "Is MADEWITHML_TRACKING_URI right, and does its server run?"
+    if "database schema" in reason:
+        hint = f"Copy the database, then run `mlflow db upgrade {uri}`, or use its MLflow version."
+    raise UserError(f"No MLflow at {uri}: {reason}.", hint)
 
 # %% ../nbs/04_tracking.ipynb #c377f254
 def mlflow_client() -> mlflow.MlflowClient:
-    "Client of the tracking server in use; creates the SQLite database on first use."
+    "Client of the tracking server in use; creates the SQLite database. Raises: UserError."
     settings = get_settings()
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not settings.tracking_uri:
         (settings.storage_dir / "mlflow").mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(settings.mlflow_uri)
+    _require_connection(settings.mlflow_uri)
     return mlflow.MlflowClient()
 
 # %% ../nbs/04_tracking.ipynb #a760eba2

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import Empty
 
-from .ray_session import ray_session
+from .ray_session import check_cluster, ray_session
 import pandas as pd, ray, ray.train.torch, torch
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -400,6 +400,8 @@ def train_model(
     options:TrainOptions=TrainOptions(), # of the training
 ) -> TrainResults:
     "Fine-tunes on the table; the MLflow run has the classifier. Raises: UserError."
+    check_cluster()
+    mlflow_client()  # a server that does not answer is reported before the data is prepared
     job = resolve_train_job(dataset_loc, options)
     table, repairs = read_training_table(job.dataset_loc)
     for repair in repairs:

@@ -7,14 +7,14 @@ __all__ = ['param_importances', 'completed_epochs', 'trial_config', 'run_trial',
            'finalize_child_run', 'Search', 'resume_or_create_search', 'tune_model']
 
 # %% ../nbs/26_tune.ipynb #8f6df5ce
-import json, os
+import json, os, re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # One Ctrl-C ends the search; by default Ray Tune asks for a second one.
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-from .ray_session import ray_session
+from .ray_session import check_cluster, ray_session
 import numpy as np, optuna
 from mlflow.entities import Param
 from optuna.distributions import (BaseDistribution, CategoricalDistribution, FloatDistribution,
@@ -392,10 +392,13 @@ def tune_model(
     "Every trial and the best; the parent MLflow run has its classifier. Raises: UserError."
     space = parse_search_space(tuning.search_space)
     points = parse_initial_params(tuning.initial_params, space, options.config)
+    check_cluster()
+    mlflow_client()  # as in `train_model`
     job = resolve_train_job(dataset_loc, options)
     rows = prepare_datasets(job)
     decisive = [job.job_id, space, points, tuning.num_runs]
-    name = tuning.search_name or f"{job.options.experiment_name}-{content_hash(decisive)}"
+    experiment = re.sub(r"[^\w.-]+", "-", job.options.experiment_name)[:100]
+    name = tuning.search_name or f"{experiment}-{content_hash(decisive)}"
     with ray_session(dashboard=True):
         job = allocate_workers(job, tuning.max_concurrent)
         search = Search(name, job, space, points, tuning.num_runs, tuning.max_concurrent)
