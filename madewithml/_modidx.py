@@ -708,6 +708,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'madewithml.plot_style': { 'madewithml.plot_style.with_plot_style': ( 'plot_style.html#with_plot_style',
                                                                                   'madewithml/plot_style.py')},
             'madewithml.plots': { 'madewithml.plots._label_axis': ('plots.html#_label_axis', 'madewithml/plots.py'),
+                                  'madewithml.plots._literal': ('plots.html#_literal', 'madewithml/plots.py'),
                                   'madewithml.plots._plot_confused_pairs': ('plots.html#_plot_confused_pairs', 'madewithml/plots.py'),
                                   'madewithml.plots._plot_distribution': ('plots.html#_plot_distribution', 'madewithml/plots.py'),
                                   'madewithml.plots._plot_learning_curves': ('plots.html#_plot_learning_curves', 'madewithml/plots.py'),

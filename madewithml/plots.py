@@ -125,6 +125,10 @@ def plot_parallel(
 # %% ../nbs/07_plots.ipynb #11cfddcb
 _MAX_MATRIX_CLASSES = 30
 
+def _literal(names: list[str]) -> list[str]:
+    "The names for Matplotlib, which takes text between two dollar signs for a formula."
+    return [name.replace("$", r"\$") for name in names]
+
 def _plot_confused_pairs(names: list[str], counts: np.ndarray) -> plt.Figure:
     "The twenty most frequent pairs of a true and another predicted label."
     errors = counts * (1 - np.eye(len(names), dtype=int))
@@ -132,6 +136,7 @@ def _plot_confused_pairs(names: list[str], counts: np.ndarray) -> plt.Figure:
     pairs = [divmod(int(i), len(names)) for i in order if errors.flat[i]]
     figure, axis = plt.subplots(figsize=(6.4, 1.2 + 0.26 * max(len(pairs), 1)))
     axis.barh(range(len(pairs)), [errors[pair] for pair in pairs])
+    names = _literal(names)
     axis.set_yticks(range(len(pairs)), [f"{names[i]} → {names[j]}" for i, j in pairs])
     axis.invert_yaxis()
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -153,9 +158,9 @@ def plot_confusion(
     for i, j in np.argwhere(counts):
         color = "white" if shares[i, j] > 0.5 else "black"
         axis.text(j, i, counts[i, j], ha="center", va="center", color=color)
-    axis.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names,
+    axis.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=_literal(names),
              xlabel="predicted", ylabel="true")
-    axis.set_xticklabels(names, rotation=30, ha="right")
+    axis.set_xticklabels(_literal(names), rotation=30, ha="right")
     return figure
 
 # %% ../nbs/07_plots.ipynb #5cd9904b
@@ -201,7 +206,7 @@ def plot_comparison(
     axis.scatter(new_f1, positions, color=PALETTE[0], zorder=3,
                  label=f"challenger, version {challenger.version}")
     labels = [f"{name} ({old[name].num_samples})" for name in names]
-    axis.set(yticks=positions, yticklabels=labels, xlabel="F1 (rows in brackets)")
+    axis.set(yticks=positions, yticklabels=_literal(labels), xlabel="F1 (rows in brackets)")
     axis.legend(fontsize=8)
     return figure
 
@@ -212,7 +217,7 @@ def _plot_distribution(axis: Axes, distribution: BinnedDistribution, alarm: bool
     axis.bar(positions - 0.2, distribution.reference, 0.4, color=NEUTRAL, label="reference")
     axis.bar(positions + 0.2, distribution.window, 0.4, color=PALETTE[alarm], label="window")
     axis.set(xticks=positions, title=distribution.name + (", alarm" if alarm else ""))
-    axis.set_xticklabels(distribution.bins, rotation=40, ha="right", fontsize=8)
+    axis.set_xticklabels(_literal(distribution.bins), rotation=40, ha="right", fontsize=8)
     axis.legend(fontsize=8)
 
 @with_plot_style

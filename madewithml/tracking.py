@@ -30,8 +30,8 @@ from .storage import persistent_uri
 from .utils import atomic_path, content_hash, temporary_env
 
 # %% ../nbs/04_tracking.ipynb #28c49fef
-_FIRST_REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "6"}
-_FAILURE_VALID_S = 10  # several stages of a command may connect
+_FIRST_REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
+_FAILURE_VALID_S = 20  # several stages of a command may connect, and import much in between
 _check_lock = threading.Lock()  # the environment belongs to all threads
 _checked: dict[str, tuple[float, str]] = {}  # tracking URI to time and reason; no reason: it works
 
