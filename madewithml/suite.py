@@ -117,7 +117,7 @@ def profile_suite(
     return _fit(specs, frame)
 
 # %% ../nbs/12_suite.ipynb #12a00021
-_SEVERITIES = {"critical": "error", "warning": "warning", "info": "info"}
+_SEVERITIES: dict[str, Severity] = {"critical": "error", "warning": "warning", "info": "info"}
 _HEADER = """\
 # Expectations for {name}, learned from a reference table. Edit the limits; --write-suite makes
 # a new file. The types and their arguments are those of great-expectations. Besides the columns

@@ -397,7 +397,7 @@ def tune_model(
     job = resolve_train_job(dataset_loc, options)
     rows = prepare_datasets(job)
     decisive = [job.job_id, space, points, tuning.num_runs]
-    experiment = re.sub(r"[^\w.-]+", "-", job.options.experiment_name)[:100]
+    experiment = re.sub(r"[^\w.-]+", "-", str(job.options.experiment_name))[:100]
     name = tuning.search_name or f"{experiment}-{content_hash(decisive)}"
     with ray_session(dashboard=True):
         job = allocate_workers(job, tuning.max_concurrent)
