@@ -244,14 +244,6 @@ def init(
         typer.echo(f"{'wrote' if is_new else 'kept '} {path}")
     typer.echo(f"Next: {next_command(dataset_loc)}")
 
-# %% ../nbs/90_cli.ipynb #792e3ae4
-def _write_learned_suite(dataset_loc: str, path: Path) -> None:
-    "Writes the suite that a table meets."
-    from madewithml.data import read_labeled_table
-    from madewithml.suite import profile_suite
-    from madewithml.suite import write_suite as write
-    write(profile_suite(read_labeled_table(dataset_loc)), path, dataset_loc.rsplit("/", 1)[-1])
-
 # %% ../nbs/90_cli.ipynb #792e3ae5
 @app.command()
 @column_options()
@@ -273,12 +265,12 @@ def validate(
 ) -> None:
     "Check a labeled table against the data expectations. Exit code 1 if an error fails."
     from madewithml.data_validation import expectations_table, require_success, validate_dataset
-    from madewithml.suite import find_suite
+    from madewithml.suite import find_suite, learn_suite
     own_suite = None if write_suite else find_suite(dataset_loc, suite)
     results = validate_dataset(
         dataset_loc, docs_dir, strict, max_age_days=max_age_days, suite=own_suite)
     if write_suite:
-        _write_learned_suite(dataset_loc, write_suite)
+        learn_suite(dataset_loc, write_suite)
     typer.echo(expectations_table(results.expectations).to_string())
     if results_fp:
         _write_results(results, results_fp, {"success": results.success})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ColumnProfile', 'profile_column', 'profile_table', 'ColumnChoice', 'choose_columns', 'set_columns',
-           'use_columns_of_table', 'use_settings_of_table', 'use_columns_of_run']
+           'use_columns_of_table', 'behavior_columns', 'use_settings_of_table', 'use_columns_of_run']
 
 # %% ../nbs/09_columns.ipynb #09a00004
 import ast, json, os
@@ -148,6 +148,12 @@ def use_columns_of_table(
         choice = choose_columns(loc, profile_table(reader), labeled)
     get_logger().warning(f"{loc}: {choice.reason}. Other columns: --text-columns, --label-column.")
     set_columns(choice.text_columns, choice.label_column)
+
+# %% ../nbs/09_columns.ipynb #09a0003a
+def behavior_columns() -> tuple[str, ...]:
+    "The columns of a table of behavioral tests."
+    text_columns = get_settings().text_columns
+    return ("kind", *text_columns, *(f"changed_{name}" for name in text_columns), "expected")
 
 # %% ../nbs/09_columns.ipynb #09a00037
 def use_settings_of_table(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['UserError', 'CheckFailed', 'package_dir', 'repo_root', 'working_dir', 'split_names', 'check_model_name', 'Settings',
-           'format_validation_error', 'get_settings', 'Options', 'TrainConfig', 'parse_train_config', 'TrainOptions',
-           'parse_train_options', 'TuneOptions', 'parse_tune_options', 'RunOptions', 'TriggerOptions', 'ServedModel',
-           'ServiceLimits', 'PredictionLogOptions', 'ServeConfig', 'parse_serve_config', 'load_token',
+           'format_validation_error', 'get_settings', 'Options', 'read_yaml', 'TrainConfig', 'parse_train_config',
+           'TrainOptions', 'parse_train_options', 'TuneOptions', 'parse_tune_options', 'RunOptions', 'TriggerOptions',
+           'ServedModel', 'ServiceLimits', 'PredictionLogOptions', 'ServeConfig', 'parse_serve_config', 'load_token',
            'PromotionPolicy', 'load_promotion_policy', 'TriggerPolicy', 'load_trigger_policy', 'TableSettings',
            'load_table_settings', 'bundled_dir', 'workload_path']
 
@@ -223,6 +223,18 @@ def _parse_json(
     return _build(kind, fields, prefix, f"{option} must be a JSON object.")
 
 # %% ../nbs/00_config.ipynb #fd7e6a54
+def read_yaml(
+    path:str|Path, # YAML file
+    option:str, # command-line option that errors name
+) -> Any:
+    "The content of a file. Raises: UserError."
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{option}: {error.strerror}: {path}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{option}: {path} is not YAML: {error}.") from None
+
 def _load_yaml(
     kind:type[_Kind], # model to build
     path:str|Path|None, # YAML file; None: the defaults
@@ -230,12 +242,7 @@ def _load_yaml(
 ) -> _Kind:
     "The options that the file sets, the rest at their defaults. Raises: UserError."
     if path is None: return kind()
-    try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"{option}: {error.strerror}: {path}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{option}: {path} is not YAML: {error}.") from None
+    fields = read_yaml(path, option) or {}
     where = f"{option}: {path}"
     return _build(kind, fields, f"{where}:", f"{where} must map fields to values.")
 

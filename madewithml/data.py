@@ -54,11 +54,12 @@ def open_checked_table(
 def read_table(
     loc:str|Path, # see `tables.list_table_files`
     columns:Sequence[str]|None=None, # required columns; None: the text columns
+    min_rows:int=1, # required rows: 1, or 0 if the table may be empty
 ) -> pd.DataFrame:
     "The rows of a table, not cleaned. Raises: UserError with the file, line and column."
     settings = get_settings()
     table = open_checked_table(loc, columns).read()
-    if not table.num_rows: raise UserError(f"{loc}: the table has no rows.")
+    if table.num_rows < min_rows: raise UserError(f"{loc}: the table has no rows.")
     frame = {}
     for name, column_type in zip(table.column_names, table.schema.types, strict=True):
         if name in settings.columns or name in (columns or ()):

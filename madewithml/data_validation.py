@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_UTC_OFFSET_DAYS', 'parse_dates', 'add_measured_columns', 'ExpectationSpec', 'column_expectation',
            'table_expectations', 'text_expectations', 'label_expectations', 'id_and_timestamp_expectations',
-           'run_expectations', 'to_expectation', 'validate_table', 'expectations_table', 'write_data_docs',
-           'validate_dataset', 'require_success']
+           'run_expectations', 'results_by_name', 'to_expectation', 'validate_table', 'expectations_table',
+           'write_data_docs', 'validate_dataset', 'require_success']
 
 # %% ../nbs/11_data_validation.ipynb #3b96405f
 import copy, html, logging, os, re
@@ -321,6 +321,13 @@ def run_expectations(
         batch_parameters={"dataframe": frame},
         result_format={"result_format": "SUMMARY", "partial_unexpected_count": 5})
 
+# %% ../nbs/11_data_validation.ipynb #04bdec74
+def results_by_name(
+    validation:"ExpectationSuiteValidationResult", # of `run_expectations`
+) -> dict[str, "ExpectationValidationResult"]:
+    "The result of each expectation, by its name; great-expectations keeps no order."
+    return {result.expectation_config.description: result for result in validation.results}
+
 # %% ../nbs/11_data_validation.ipynb #4900dcfe
 def _format_value(value: Any) -> str:
     "A value as one short line; strings are quoted, so that white space is visible."
@@ -414,7 +421,7 @@ def validate_table(
         names = {spec.name for spec in errors}
         specs = [*errors, *(spec for spec in suite if spec.name not in names)]
     validation = run_expectations(frame, specs)
-    by_name = {result.expectation_config.description: result for result in validation.results}
+    by_name = results_by_name(validation)
     return [to_expectation(spec, by_name[spec.name], frame) for spec in specs], validation
 
 # %% ../nbs/11_data_validation.ipynb #4175b0e8

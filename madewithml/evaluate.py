@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SLICES', 'classification_metrics', 'per_class_metrics', 'weighted_f1', 'bootstrap_f1_interval', 'lacks_class_name',
            'has_rare_class', 'lacks_known_word', 'general_slices', 'parse_slices', 'load_slices', 'slice_mask',
-           'calibration_bins', 'expected_calibration_error', 'behavior_columns', 'read_behavioral_tests',
-           'load_behavioral_tests', 'run_behavioral_tests', 'fit_tfidf_baseline', 'baseline_f1', 'evaluate_predictions',
-           'evaluate_model', 'require_behavior']
+           'calibration_bins', 'expected_calibration_error', 'read_behavioral_tests', 'load_behavioral_tests',
+           'run_behavioral_tests', 'fit_tfidf_baseline', 'baseline_f1', 'evaluate_predictions', 'evaluate_model',
+           'require_behavior']
 
 # %% ../nbs/30_evaluate.ipynb #10d43536
 import re
@@ -28,9 +28,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
+from .columns import behavior_columns
 from .config import CheckFailed, UserError, get_settings
-from .data import (
-    build_texts, open_checked_table, read_labeled_table, read_table, read_training_table)
+from .data import build_texts, read_labeled_table, read_table, read_training_table
 from .models import class_names, load_classifier, predict_proba
 from .schemas import (
     BehavioralTestResult, CalibrationBin, ClassificationMetrics, EvaluateResults,
@@ -251,20 +251,12 @@ def expected_calibration_error(
 # %% ../nbs/30_evaluate.ipynb #9f832cf8
 _KINDS = ("minimum functionality", "invariance", "directional")
 
-def behavior_columns() -> tuple[str, ...]:
-    "The columns of a table of behavioral tests."
-    text_columns = get_settings().text_columns
-    return ("kind", *text_columns, *(f"changed_{name}" for name in text_columns), "expected")
-
 # %% ../nbs/30_evaluate.ipynb #9f832cf9
 def read_behavioral_tests(
     loc:str|Path, # table of cases
 ) -> pd.DataFrame:
     "Cases: `kind`, the text columns, the changed ones, `expected`. Raises: UserError."
-    columns = behavior_columns()
-    reader = open_checked_table(loc, columns)
-    if not reader.read().num_rows: return pd.DataFrame(columns=list(columns))
-    cases = read_table(loc, columns).fillna("").astype(str)
+    cases = read_table(loc, behavior_columns(), min_rows=0).fillna("").astype(str)
     is_unknown = ~cases["kind"].isin(_KINDS)
     if is_unknown.any():
         row = int(np.argmax(is_unknown))

@@ -22,8 +22,8 @@ from .config import TriggerPolicy, UserError, bundled_dir, get_settings
 from .data import (
     build_texts, normalize_label, normalized_key, read_labeled_table, read_table)
 from .data_validation import (add_measured_columns, id_and_timestamp_expectations,
-                                        label_expectations, run_expectations, table_expectations,
-                                        text_expectations, to_expectation)
+                                        label_expectations, results_by_name, run_expectations,
+                                        table_expectations, text_expectations, to_expectation)
 from .ingest import NewTable
 from .predict import Predictor
 from .registry import get_aliases, resolve_alias
@@ -108,8 +108,7 @@ def _data_expectations(rows: pd.DataFrame, baseline: IngestBaseline) -> list[Exp
         *label_expectations(frame, labels, 0)[:-1],  # without class balance
         *id_and_timestamp_expectations(frame, None),
     ]
-    results = run_expectations(frame, specs).results
-    by_name = {result.expectation_config.description: result for result in results}
+    by_name = results_by_name(run_expectations(frame, specs))
     return [to_expectation(spec, by_name[spec.name], frame) for spec in specs]
 
 # %% ../nbs/64_ingest_checks.ipynb #0246e41e
