@@ -62,6 +62,10 @@ def fingerprint(
     return content_hash([code, package_hash(), workload.parameters, inputs, settings])
 
 # %% ../nbs/71_pipeline.ipynb #398ba7e2
+def _companions(loc: str, *names: str) -> list[str]:
+    "Those of the files beside a table that exist."
+    return [str(path) for name in names if (path := companion_file(loc, name))]
+
 def build_workloads(
     folder:Path, # results directory of the run
     dataset_loc:str, # training table
@@ -73,8 +77,9 @@ def build_workloads(
 ) -> list[Callable[[], Workload]]:
     "The workloads in order; each is built when its turn comes, as most need the run id."
     train_options = train.model_dump_json(exclude_defaults=True)
-    companions = [str(path) for loc in (dataset_loc, holdout_loc) for name in COMPANIONS
-                  if (path := companion_file(loc, name))]
+    suite = _companions(dataset_loc, "suite.yaml")
+    settings = _companions(dataset_loc, "settings.yaml")
+    checks = _companions(holdout_loc, "slices.yaml", "behavior.csv")
     embedded = str(bundled_dir("datasets") / "dataset.csv")
     predictions = folder / "predictions.csv"
     both = [dataset_loc, holdout_loc]
@@ -82,11 +87,11 @@ def build_workloads(
         lambda: Workload("validate", {"dataset_loc": dataset_loc, "holdout_loc": holdout_loc,
                                       "strict": dataset_loc == embedded,
                                       "docs_dir": str(folder / "data_docs")},
-                         [*both, *companions]),
+                         [*both, *suite]),
         lambda: Workload("train", {"dataset_loc": dataset_loc, "train_options": train_options},
-                         [dataset_loc, *companions]),
+                         [dataset_loc, *settings]),
         lambda: Workload("evaluate", {"run_id": run_id(), "dataset_loc": holdout_loc,
-                                      "train_loc": dataset_loc}, [*both, *companions]),
+                                      "train_loc": dataset_loc}, [*both, *checks]),
         lambda: Workload("predict", {"run_id": run_id(), "dataset_loc": predict_loc,
                                      "output": str(predictions)}, [predict_loc], [predictions]),
         lambda: Workload("register", {"run_id": run_id(), "holdout_loc": holdout_loc,
@@ -195,6 +200,14 @@ def _split_rows(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return (pd.concat([train, unlabeled[:cut]], ignore_index=True),
             pd.concat([holdout, unlabeled[cut:]], ignore_index=True))
 
+def _copy_companions(dataset_loc: str, folder: Path) -> None:
+    "Copies the files beside the table into the directory, and removes those that it lost."
+    for name in COMPANIONS:
+        copy = folder / name
+        copy.unlink(missing_ok=True)
+        if path := companion_file(dataset_loc, name):
+            shutil.copyfile(path, copy)
+
 def _resolve_tables(dataset_loc: str, holdout_loc: str|None, folder: Path) -> tuple[str, str]:
     "Training table and holdout; without the latter, a fixed fifth of the former is held out."
     if holdout_loc is not None:
@@ -206,9 +219,7 @@ def _resolve_tables(dataset_loc: str, holdout_loc: str|None, folder: Path) -> tu
     for path, part in zip(paths, parts, strict=True):
         with atomic_path(path) as temporary:
             write_csv(part, temporary)
-    for name in COMPANIONS:
-        if path := companion_file(dataset_loc, name):
-            shutil.copyfile(path, folder / "split" / name)
+    _copy_companions(dataset_loc, folder / "split")
     return str(paths[0]), str(paths[1])
 
 # %% ../nbs/71_pipeline.ipynb #5f57e5a2
