@@ -507,11 +507,11 @@ def validate_dataset(
     if docs_dir is not None:
         file_name = str(dataset_loc).replace("\\", "/").rsplit("/", 1)[-1]
         write_data_docs(expectations, validation, docs_dir, file_name)
+    failing = ("error", "warning") if strict else ("error",)
     return ValidateResults(
         dataset_loc=str(dataset_loc), dataset_digest=table_hash(dataset_loc),
         num_samples=len(rows), expectations=expectations,
-        success=all(result.success or (result.severity != "error" and not strict)
-                    for result in expectations))
+        success=all(result.success or result.severity not in failing for result in expectations))
 
 # %% ../nbs/11_data_validation.ipynb #aefbcd68
 def require_success(
@@ -520,7 +520,8 @@ def require_success(
     "The results if the validation succeeded. Raises: CheckFailed with the failed expectations."
     if results.success: return results
     failed = [result for result in results.expectations if not result.success]
-    failed = [result for result in failed if result.severity == "error"] or failed
+    errors = [result for result in failed if result.severity == "error"]
+    failed = errors or [result for result in failed if result.severity == "warning"]
     details = "; ".join(f"{result.name} ({(result.examples or [result.observed])[0]})"
                         for result in failed)
     message = (f"{results.dataset_loc}: {len(failed)} of {len(results.expectations)} "
