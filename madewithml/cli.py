@@ -137,12 +137,15 @@ def _use_columns(text_columns: str|None, label_column: str|None, values: dict[st
     "Sets the columns before a command runs. Raises: UserError."
     from madewithml.columns import (
         set_columns, use_columns_of_run, use_columns_of_table, use_settings_of_table)
-    if text_columns or label_column:
+    loc = values.get("dataset_loc")
+    is_given = bool(text_columns or label_column)
+    if is_given:
         set_columns(split_names(text_columns or ""), label_column)
+        if not loc: return
     run_id = _model_run_id(values, alias)
-    if loc := values.get("dataset_loc"):
+    if loc:
         use_settings_of_table(loc, has_model=bool(run_id))
-    if text_columns or label_column: return
+    if is_given: return
     if run_id:
         use_columns_of_run(run_id)
     elif loc:
