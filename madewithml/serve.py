@@ -313,10 +313,11 @@ class ErrorResponse(BaseModel):
 def item_schema(
     config:ServeConfig, # with the limits
 ) -> type[BaseModel]:
-    "Schema of an item: the text columns of the settings, the first required; null: empty."
+    "Schema of an item: the text columns, the first required; null is empty in the others."
     first, *others = get_settings().text_columns
-    text = lambda default: (str | None, Field(default, max_length=config.max_text_chars))
-    fields = {first: text(...), **{name: text("") for name in others}}
+    limit = config.max_text_chars
+    fields = {first: (str, Field(max_length=limit)),
+              **{name: (str | None, Field("", max_length=limit)) for name in others}}
     return create_model("Item", __config__=ConfigDict(extra="forbid"), **fields)
 
 # %% ../nbs/56_serve.ipynb #adcc3e0b

@@ -88,9 +88,10 @@ def test_answers_the_clients_of_the_course(path: str, description: str | None,
         assert response.json() == client.post("/predict/", json={"title": "text"}).json()
         page = {"origin": "http://elsewhere.example"}
         assert client.post(path, content=content, headers=page).status_code == 422
-        null = client.post(path, content=json.dumps([{"title": None, "description": None}]))
+        null = client.post(path, content=json.dumps([{"title": "", "description": None}]))
         empty = client.post(path, json=[{"title": ""}])
         assert null.json() == empty.json()
+        assert client.post(path, json=[{"title": None}]).status_code == 422
 
 
 def test_evaluates_for_the_clients_of_the_course(client: TestClient) -> None:
