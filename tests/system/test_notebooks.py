@@ -39,7 +39,7 @@ SLOW = {  # run by `make test-slow`
     "explore/scaling": {"prepare_sizes": [500, 1000, 2000], "predict_sizes": [500, 1000, 2000],
                         "repeats": 1, "train_samples": 80},
     "explore/training_speed": {"num_samples": 96, "num_epochs": 2},
-    "explore/tuning": {"num_runs": 2},
+    "explore/tuning": {"dataset_loc": SMALL_TABLE, "num_runs": 2, "seeds": [1]},
 }
 TRAINED = {"explore/drift_power": {"windows": 2}}  # needs a run
 SERVED = {"explore/serving_speed": {"clients": [1, 8], "seconds": 1, "rounds": 1}}
