@@ -6,7 +6,9 @@
 __all__ = ['stage_job_files', 'job_env', 'submit']
 
 # %% ../nbs/81_submit.ipynb #16fc45c0
-import asyncio, logging, os, shlex, shutil, tempfile, time
+import asyncio, logging, os, re, shlex, shutil, tempfile, time
+from glob import glob
+from itertools import pairwise
 from pathlib import Path
 
 from .ray_session import worker_env_vars
@@ -16,19 +18,37 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from .config import CheckFailed, UserError, get_settings, repo_root, workload_path
 from .local_cluster import resolve_cluster
 from .storage import copy_tree, exists
+from .tables import COMPANIONS, companion_dir, companion_file, list_table_files
 from .tracking import provenance
 from .utils import content_hash, get_logger
 
 # %% ../nbs/81_submit.ipynb #edb14951
-def _stage_argument(folder: Path, argument: str) -> str:
-    "The argument as the job sees it: a copied local file under its new name; '@' is kept."
-    prefix = "@" if argument.startswith("@") else ""
-    name = argument.removeprefix("@")
-    if not name or "://" in name or not Path(name).is_file(): return argument
-    path_hash = content_hash(str(Path(name).absolute()).encode())[:8]
-    target = f"inputs/{path_hash}-{Path(name).name}"
-    shutil.copy(name, folder / target)
-    return prefix + target
+_OUTPUTS = ("--output", "--results-fp", "--best-fp")  # options that name a file to write
+
+def _is_local_input(option: str, value: str) -> bool:
+    "Whether an option's value names files of this machine: any file; a table may be of several."
+    if "://" in value or option in _OUTPUTS: return False
+    if Path(value).is_file(): return True
+    return option.endswith("-loc") and (Path(value).is_dir() or bool(glob(value, recursive=True)))
+
+def _stage_input(folder: Path, loc: str) -> str:
+    "Copies local files and those that belong to the table; returns their location in the job."
+    loc = os.path.abspath(loc)
+    source = companion_dir(loc)
+    target = Path("inputs") / content_hash(str(source).encode())[:8]
+    beside = [path for name in COMPANIONS if (path := companion_file(loc, name))]
+    for file in [*(Path(file.path) for file in list_table_files(loc)), *beside]:
+        copy = folder / target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    return str(target / Path(loc).relative_to(source))
+
+def _stage_argument(folder: Path, previous: str, argument: str) -> str:
+    "The argument as the job sees it: a local input under its new name; `--option=`, '@' are kept."
+    prefix, value = re.match(r"(--[\w-]+=|)(.*)", argument, re.DOTALL).groups()
+    at, name = re.match(r"(@?)(.*)", value, re.DOTALL).groups()
+    if not _is_local_input(prefix.rstrip("=") or previous, name): return argument
+    return prefix + at + _stage_input(folder, name)
 
 def stage_job_files(
     folder:Path, # empty directory, the job's working directory
@@ -40,8 +60,8 @@ def stage_job_files(
             ignore = shutil.ignore_patterns("__pycache__", ".*")
             shutil.copytree(root / name, folder / name, ignore=ignore)
         shutil.copy(root / "settings.ini", folder)
-    (folder / "inputs").mkdir()
-    return [_stage_argument(folder, argument) for argument in args]
+    return [_stage_argument(folder, previous, argument)
+            for previous, argument in pairwise(["", *args])]
 
 # %% ../nbs/81_submit.ipynb #e965297f
 def _shared_location(local_cluster: bool) -> str:
