@@ -197,6 +197,8 @@ _ENCODINGS = ["cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255", "cp125
 def _guess_encoding(sample: bytes) -> str:
     "The most likely encoding of text that is not UTF-8."
     from charset_normalizer import from_bytes
+    if b"\x00" not in sample:  # else UTF-16, whose lines cannot be told apart yet
+        sample = b"".join(line for line in sample.splitlines(True) if not line.isascii())
     matches = from_bytes(sample[:100_000], cp_isolation=_ENCODINGS)
     best = matches.best()
     if best is None: return "cp1252"
@@ -375,11 +377,19 @@ class _CsvFile:
             return arrow_csv.read_csv(stream, **self.options())
 
 # %% ../nbs/08_tables.ipynb #08a00067
+def _telling_block(file: TableFile, stream: Any, sample: bytes) -> bytes:
+    "The first block with a byte that is not ASCII. A file that is not local is not read twice."
+    block = sample
+    is_local = isinstance(file.filesystem, fs.LocalFileSystem)
+    while is_local and block.isascii() and (following := stream.read(_SAMPLE_BYTES)):
+        block = following
+    return block
+
 def _sample_text(file: TableFile) -> tuple[str, str]:
     "The beginning of a text file, whole lines, and its encoding. Raises: UserError."
     with open_decompressed(file) as stream:
         sample = stream.read(_SAMPLE_BYTES)
-    encoding = detect_encoding(sample)
+        encoding = detect_encoding(_telling_block(file, stream, sample))
     text = codecs.getincrementaldecoder(encoding)(errors="replace").decode(sample)
     if not text.strip(): raise UserError(f"{file.name}: the file is empty.")
     is_whole = len(sample) < _SAMPLE_BYTES

@@ -72,6 +72,12 @@ CSV: dict[str, tuple[str | bytes, list[dict[str, Any]]]] = {
     "windows-1251": ("text,label\nпривет как дела,a\nспасибо хорошо,b\n".encode("cp1251"),
                      [{"text": "привет как дела", "label": "a"},
                       {"text": "спасибо хорошо", "label": "b"}]),
+    "windows-1251 late in the file": (
+        b"text,code\n" + b"a,1\n" * 400_000 + "привет как дела,спасибо\n".encode("cp1251"),
+        [{"text": "a", "code": "1"}] * 400_000 + [{"text": "привет как дела", "code": "спасибо"}]),
+    "utf-8 late in the file": (
+        "text,code\n" + "a,1\n" * 400_000 + "Größe,1\n",
+        [{"text": "a", "code": "1"}] * 400_000 + [{"text": "Größe", "code": "1"}]),
     "no header": ("ham\thello there\nspam\twin now\nham\tbye then\n",
                   [{"column_1": "ham", "column_2": "hello there"},
                    {"column_1": "spam", "column_2": "win now"},
