@@ -167,10 +167,12 @@ def clean_text(
 ) -> str:
     "The text with normalized unicode, links and white space."
     text = unicodedata.normalize("NFKC", text)
-    text = _LINK.sub(r"\1", _MARKDOWN_LINK.sub(r"\1", text))
+    text = _SPACE.sub(" ", _MARKDOWN_LINK.sub(r"\1", text)).strip()
+    if not _LINK.fullmatch(text):
+        text = _LINK.sub(r"\1", text)
     if remove_stopwords:
         text = " ".join(word for word in text.split() if word.lower() not in STOPWORDS)
-    return _SPACE.sub(" ", text).strip()
+    return text
 
 # %% ../nbs/10_data.ipynb #35bece84
 def join_text(
@@ -187,21 +189,23 @@ def join_text(
 def build_texts(
     rows:pd.DataFrame, # rows of `read_table`
     remove_stopwords:bool=False, # see `clean_text`
+    columns:Sequence[str]|None=None, # text columns; None: those of the settings
 ) -> list[str]:
     "The text of each row."
-    columns = [rows[name].fillna("").astype(str) for name in get_settings().text_columns]
+    filled = [rows[name].fillna("").astype(str) for name in columns or get_settings().text_columns]
     return [join_text(*parts, remove_stopwords=remove_stopwords)
-            for parts in zip(*columns, strict=True)]
+            for parts in zip(*filled, strict=True)]
 
 # %% ../nbs/10_data.ipynb #0962cb3f
 def table_texts(
     table:pa.Table, # rows with the text columns
     loc:str|Path="table", # for error messages
+    columns:Sequence[str]|None=None, # text columns; None: those of the settings
 ) -> list[str]:
     "The text of each row. Raises: UserError for a column that is not text."
-    names = get_settings().text_columns
+    names = columns or get_settings().text_columns
     return build_texts(pd.DataFrame({name: text_column(table, name, loc).to_pandas()
-                                     for name in names}))
+                                     for name in names}), columns=names)
 
 # %% ../nbs/10_data.ipynb #0de17a91
 _NUM_EXAMPLES = 5  # that a repair lists

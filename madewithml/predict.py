@@ -101,9 +101,11 @@ def _prediction_columns(names: list[str]) -> list[str]:
 class _BatchPredictor:
     "An actor of the pool: adds prediction, confidence and probabilities to a block."
 
-    def __init__(self, files: ray.ObjectRef, precision: str, threshold: float|None):
+    def __init__(self, files: ray.ObjectRef, precision: str, threshold: float|None,
+                 text_columns: tuple[str, ...]):
         torch.set_num_threads(1)
         self.threshold = threshold
+        self.text_columns = text_columns
         with tempfile.TemporaryDirectory() as folder:
             for name, content in ray.get(files).items():
                 (Path(folder) / name).write_bytes(content)
@@ -111,7 +113,8 @@ class _BatchPredictor:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         names = self.predictor.labels
-        probabilities = self.predictor.predict_proba(table_texts(table))
+        probabilities = self.predictor.predict_proba(
+            table_texts(table, columns=self.text_columns))
         predictions = labels_with_fallback(
             probabilities, names, self.predictor.fallback_label, self.threshold)
         columns = {"prediction": pa.array(predictions, pa.string()),
@@ -154,8 +157,10 @@ def _predicted_blocks(files: dict[str, bytes], reader: TableReader, threshold: f
                       num_workers: int|None, batch_size: int, precision: str) -> Iterator[pa.Table]:
     "Blocks of the table in order, with predictions."
     num_workers = num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    # The columns travel: on a running Ray, the settings of its processes may be older.
+    args = (ray.put(files), precision, threshold, get_settings().text_columns)
     dataset = stream_table(reader).map_batches(
-        _BatchPredictor, fn_constructor_args=(ray.put(files), precision, threshold),
+        _BatchPredictor, fn_constructor_args=args,
         batch_format="pyarrow", batch_size=batch_size, num_cpus=0.9, concurrency=num_workers)
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
