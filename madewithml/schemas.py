@@ -246,7 +246,7 @@ class PromoteResults(BaseResults):
         None, description="version it was compared with; null for a first champion")
     f1_difference: float = Field(0, description="weighted F1 of challenger minus champion")
     f1_difference_low: float = Field(
-        0, description="lower end of its 95 % paired bootstrap interval")
+        0, description="lower end of its 95 % interval (paired Bayesian bootstrap)")
     f1_difference_high: float = Field(0, description="upper end")
 
 # %% ../nbs/02_schemas.ipynb #c5f9eee1
