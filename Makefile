@@ -10,7 +10,7 @@ TORCH_BACKEND ?= auto
 export HF_HUB_OFFLINE ?= 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install run lint nb outputs test test-notebooks test-slow test-faults test-fuzz test-load serve docs docs-serve lab export clean-notebooks readme lock dist image check-tag push-image release clean help
+.PHONY: install run lint nb outputs test test-notebooks test-slow test-faults test-fuzz test-tables test-load serve docs docs-serve lab export clean-notebooks readme lock dist image check-tag push-image release clean help
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -46,7 +46,7 @@ outputs: $(STAMP)-dev ## execute the fast notebooks and name outputs that are no
 
 test: lint $(STAMP)-docs ## everything that must hold: lint, the notebooks' tests, pytest
 	@$(BIN)/python tools/check.py --run
-	@$(BIN)/python -m pytest -m "not slow and not fault and not load and not fuzz"
+	@$(BIN)/python -m pytest -m "not slow and not fault and not load and not fuzz and not tables"
 
 test-slow: $(STAMP)-dev $(STAMP)-docs $(STAMP)-lint ## what takes minutes: a killed run, the wheel, a cluster, cells marked slow
 	@$(BIN)/python tools/check.py --slow
@@ -57,6 +57,9 @@ test-faults: $(STAMP)-dev ## kill workers, nodes and drivers of a cluster at man
 
 test-fuzz: $(STAMP)-dev $(STAMP)-load ## random tables in several formats: each is read as it was written; a quarter of an hour
 	@$(BIN)/python -m pytest -m fuzz
+
+test-tables: $(STAMP)-dev ## tables of every kind, trained, evaluated and predicted in every format; an hour
+	@$(BIN)/python -m pytest -m tables
 
 test-load: $(STAMP)-dev $(STAMP)-load ## the service under load, killed and overloaded; three quarters of an hour, on a machine that does nothing else
 	@$(BIN)/python -m pytest -s -m load
