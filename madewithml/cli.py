@@ -18,9 +18,10 @@ import typer
 from pydantic import ValidationError
 
 from . import __version__
-from .config import (CheckFailed, Options, RunOptions, ServeConfig, TrainOptions,
+from madewithml.config import (CheckFailed, Options, RunOptions, ServeConfig, TrainOptions,
     TriggerOptions, TuneOptions, UserError, bundled_dir, format_validation_error, get_settings,
-    load_promotion_policy, load_trigger_policy, parse_serve_config, split_names, workload_path)
+    load_promotion_policy, load_trigger_policy, parse_serve_config, run_folder, split_names,
+    workload_path)
 from .utils import write_json
 
 # %% ../nbs/90_cli.ipynb #a0d71a59
@@ -370,7 +371,7 @@ def predict(
     dataset_loc: Annotated[Optional[str],
         _option("table to predict instead: path or URI", "--dataset-loc")] = None,
     output: Annotated[Optional[str],
-        _option("table to write: CSV or Parquet by its suffix", "--output")] = None,
+        _option("table to write: CSV, Parquet or JSON lines by its suffix", "--output")] = None,
     threshold: Annotated[Optional[float],
         _option("minimum probability of a label, else the fallback label (default: the setting "
                 "`min_confidence`)", "--threshold", min=0, max=1)] = None,
@@ -585,7 +586,7 @@ def report(
 ) -> None:
     "Write a run's report again, compared with another run."
     from madewithml.report import write_report
-    _show_report(write_report(get_settings().results_dir / run_name, compare))
+    _show_report(write_report(run_folder(run_name), compare))
 
 # %% ../nbs/90_cli.ipynb #67f16341
 @app.command()
@@ -610,7 +611,7 @@ def pr_comment(
     if event:
         typer.echo(comment_on_pull(event, promotion_policy, author))
         return
-    results = load_results(get_settings().results_dir / run_name)
+    results = load_results(run_folder(run_name))
     typer.echo(render_comment(results, load_results(compare) if compare else {}, promotion_policy))
 
 # %% ../nbs/90_cli.ipynb #db8fd6c3
@@ -649,7 +650,7 @@ def submit(
     from madewithml.submit import submit as submit_job
     code = submit_job(workload, args or [], address, run_name)
     if code: raise typer.Exit(code)
-    typer.echo(f"Results: {get_settings().results_dir / run_name}")
+    typer.echo(f"Results: {run_folder(run_name)}")
 
 # %% ../nbs/90_cli.ipynb #c9a97034
 cluster = typer.Typer(help="A Ray cluster of several nodes on this machine.", no_args_is_help=True)

@@ -8,7 +8,7 @@ __all__ = ['UserError', 'CheckFailed', 'package_dir', 'repo_root', 'working_dir'
            'TrainOptions', 'parse_train_options', 'TuneOptions', 'parse_tune_options', 'RunOptions', 'TriggerOptions',
            'ServedModel', 'ServiceLimits', 'PredictionLogOptions', 'ServeConfig', 'parse_serve_config', 'load_token',
            'PromotionPolicy', 'load_promotion_policy', 'TriggerPolicy', 'load_trigger_policy', 'TableSettings',
-           'load_table_settings', 'bundled_dir', 'workload_path']
+           'load_table_settings', 'bundled_dir', 'workload_path', 'run_folder']
 
 # %% ../nbs/00_config.ipynb #da962182
 import json, re
@@ -617,3 +617,13 @@ def workload_path(
         known = ", ".join(sorted(notebooks))
         raise UserError(f"There is no workload {name!r}.", f"Workloads: {known}.")
     return notebooks[name]
+
+# %% ../nbs/00_config.ipynb #b3d29508
+def run_folder(
+    run_name:str, # directory of a run's results
+) -> Path:
+    "Path of a run's results, which need not exist. Raises: UserError for a name of another kind."
+    try:
+        return get_settings().results_dir / _check_folder_name(run_name)
+    except ValueError as error:
+        raise UserError(f"--run-name {run_name!r} {error}.") from None

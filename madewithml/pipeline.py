@@ -18,9 +18,9 @@ from .ray_session import check_cluster, ray_session, worker_env_vars
 import nbformat, papermill, pandas as pd
 from papermill.exceptions import PapermillExecutionError
 
-from madewithml.config import (CheckFailed, RunOptions, TrainOptions, TuneOptions, UserError,
+from .config import (CheckFailed, RunOptions, TrainOptions, TuneOptions, UserError,
     bundled_dir, get_settings, package_dir, parse_train_options, parse_tune_options,
-    workload_path)
+    run_folder, workload_path)
 from .data import read_training_table, read_with_labels, stratified_split
 from .report import write_report
 from .storage import copy_tree, exists, persistent_uri
@@ -241,7 +241,7 @@ def run_pipeline(
     "The report, after all workloads that were not up to date. Raises: UserError, CheckFailed."
     check_cluster(run.address)
     mlflow_client()  # a server that does not answer is reported before the first workload
-    folder = get_settings().results_dir / run.run_name
+    folder = run_folder(run.run_name)
     dataset, holdout = _resolve_tables(str(dataset_loc), run.holdout_loc, folder)
     predict_loc = run.predict_loc or holdout
     list_table_files(predict_loc)
@@ -320,7 +320,7 @@ def run_single_workload(
 ) -> Path:
     "Runs one workload notebook; returns the path of its results. Raises: UserError, CheckFailed."
     parameters = parse_parameters(workload, args)
-    folder = get_settings().results_dir / run_name
+    folder = run_folder(run_name)
     with _workload_session(folder, address, dashboard=workload == "tune"):
         run_workload(Workload(workload, parameters), folder, force=True)
     return folder / f"{workload}.json"

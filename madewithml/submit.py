@@ -15,7 +15,8 @@ from .ray_session import worker_env_vars
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from .config import CheckFailed, UserError, get_settings, repo_root, workload_path
+from .config import (
+    CheckFailed, UserError, get_settings, repo_root, run_folder, workload_path)
 from .local_cluster import resolve_cluster
 from .storage import copy_tree, exists
 from .tables import COMPANIONS, companion_dir, companion_file, list_table_files
@@ -156,6 +157,7 @@ def submit(
     "Runs the workload on the cluster, fetches results, returns the exit code. Raises: UserError."
     if workload != "run":
         workload_path(workload)
+    folder = run_folder(run_name)
     dashboard, is_local = resolve_cluster(address or os.environ.get("RAY_ADDRESS"))
     variables = job_env(is_local)
     client = _connect(dashboard)
@@ -169,5 +171,5 @@ def submit(
     exit_code = _exit_code(client, job_id)
     results = f"{variables['MADEWITHML_SHARED_URI']}/results/{run_name}"
     if exists(results):
-        copy_tree(results, get_settings().results_dir / run_name)
+        copy_tree(results, folder)
     return exit_code

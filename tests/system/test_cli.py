@@ -31,6 +31,9 @@ MISTAKES = {
     "workload option": (["workload", "train", "--", "--epochs", "2"], "has no option '--epochs'"),
     "workload value": (
         ["workload", "train", "--", "--num-epochs", "0"], "num_epochs: Input should"),
+    "run name of report": (["report", "--run-name", "a/b"], "--run-name 'a/b' must not contain"),
+    "run name of workload": (["workload", "validate", "--run-name", ".."],
+                             "--run-name '..' must be a plain name"),
     "no GitHub token": (["pr-comment", "--event", "event.json"],
                         "The environment variable 'GITHUB_TOKEN' is missing"),
 }
