@@ -993,6 +993,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'madewithml.serve._allowed_path': ('serve.html#_allowed_path', 'madewithml/serve.py'),
                                   'madewithml.serve._check_config': ('serve.html#_check_config', 'madewithml/serve.py'),
                                   'madewithml.serve._evaluation_body': ('serve.html#_evaluation_body', 'madewithml/serve.py'),
+                                  'madewithml.serve._example_items': ('serve.html#_example_items', 'madewithml/serve.py'),
                                   'madewithml.serve._format_request_error': ('serve.html#_format_request_error', 'madewithml/serve.py'),
                                   'madewithml.serve._in_replica': ('serve.html#_in_replica', 'madewithml/serve.py'),
                                   'madewithml.serve._infer_by_engine': ('serve.html#_infer_by_engine', 'madewithml/serve.py'),

@@ -283,14 +283,12 @@ async def evaluate_table(
     return {"results": _evaluation_body(engine, metrics), **model_info(engine)}
 
 # %% ../nbs/56_serve.ipynb #f3f0d3e5
-_PROBABILITIES = {"computer-vision": 0.97, "mlops": 0.01, "natural-language-processing": 0.01,
-                  "other": 0.01}
-
 class Prediction(BaseModel):
     "Prediction for one item."
-    prediction: str = Field(examples=["computer-vision"])
+    prediction: str = Field(examples=["positive"])
     probabilities: dict[str, float] = Field(
-        description="probability of each label, in descending order", examples=[_PROBABILITIES])
+        description="probability of each label, in descending order",
+        examples=[{"positive": 0.97, "negative": 0.03}])
 
 class PredictResponse(BaseModel):
     "Predictions in the order of the items, and the model that made them."
@@ -351,15 +349,12 @@ def _format_request_error(error: RequestValidationError) -> str:
     return format_validation_error(first | {"loc": field}, show_value=False)
 
 # %% ../nbs/56_serve.ipynb #c1d894a8
-_EXAMPLES = {
-    "one item": {"value": {
-        "title": "YOLO in the browser",
-        "description": "Finds objects in a webcam's picture, without a server."}},
-    "a list": {"value": [
-        {"title": "Whisper on a phone"},
-        {"title": "Pinned dependencies",
-         "description": "Locks the versions of an ML project and rebuilds its image."}]},
-}
+def _example_items() -> dict[str, dict]:
+    "Bodies that any model can answer, with the text columns of the settings."
+    first, *others = get_settings().text_columns
+    one = {first: "A text to classify", **dict.fromkeys(others, "Further text")}
+    return {"one item": {"value": one}, "a list": {"value": [one, {first: "Another text"}]}}
+
 _COMMON_ERRORS = (400, 401, 408, 413, 422, 503, 504)
 
 # %% ../nbs/56_serve.ipynb #a8a7849e
@@ -368,11 +363,13 @@ def _add_prediction_routes(app: FastAPI, service: PredictionService) -> None:
     Item = item_schema(service.config)
     Items = Annotated[list[Item], Field(min_length=1,
                                         max_length=service.config.max_items_per_request)]
+    items_shown = _example_items()
     tables = {"the embedded holdout": {"value": {"dataset": "holdout.csv"}}}
 
     @app.post("/predict/", response_model=None, summary="Classify one item or a list",
               responses=_responses(*_COMMON_ERRORS) | {200: {"model": PredictResponse}})
-    async def predict(items: Annotated[Item | Items, Body(openapi_examples=_EXAMPLES)]) -> Response:
+    async def predict(
+        items: Annotated[Item | Items, Body(openapi_examples=items_shown)]) -> Response:
         items = items if isinstance(items, list) else [items]
         rows = [item.model_dump().values() for item in items]
         texts = [join_text(*(part or "" for part in row)) for row in rows]
