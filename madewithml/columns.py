@@ -97,13 +97,12 @@ def _unclear(loc: str|Path, what: str, candidates: list[ColumnProfile]) -> UserE
 class ColumnChoice:
     "The columns of a table that a model reads and predicts."
     text_columns: tuple[str, ...]
-    label_column: str|None  # None: the one that is set, or none is needed
+    label_column: str|None  # None: the one that is set
     reason: str  # for the user
 
 def choose_columns(
     loc:str|Path, # of the table, for the error message
     profiles:list[ColumnProfile], # of its columns
-    labeled:bool=True, # whether a label column is needed
 ) -> ColumnChoice:
     "The columns by what they contain. Raises: UserError that lists the candidates."
     labels = [profile for profile in profiles if profile.may_be_label]
@@ -111,10 +110,9 @@ def choose_columns(
     texts = [profile for profile in profiles if profile.may_be_text and profile is not label]
     text = _pick(texts, _USUAL_TEXTS)
     if text is None: raise _unclear(loc, "text", texts or profiles)
-    if labeled and label is None: raise _unclear(loc, "label", labels or profiles)
-    reason = f"text from {text.name!r} ({text.mean_words:.0f} words on average)"
-    if label is None: return ColumnChoice((text.name,), None, reason)
-    reason += f", label from {label.name!r} ({label.num_distinct} different values)"
+    if label is None: raise _unclear(loc, "label", labels or profiles)
+    reason = (f"text from {text.name!r} ({text.mean_words:.0f} words on average), "
+              f"label from {label.name!r} ({label.num_distinct} different values)")
     return ColumnChoice((text.name,), label.name, reason)
 
 # %% ../nbs/09_columns.ipynb #09a00031
@@ -131,21 +129,20 @@ def set_columns(
 
 # %% ../nbs/09_columns.ipynb #09a00032
 def use_columns_of_table(
-    loc:str|Path, # see `tables.list_table_files`
-    labeled:bool=True, # whether the label column is needed
+    loc:str|Path, # of a labeled table, see `tables.list_table_files`
 ) -> None:
     "Chooses columns for a table that lacks those set, and reports it. Raises: UserError."
     settings = get_settings()
     reader = open_table(loc)
     names = reader.schema.names
-    has_label = settings.label_column in names or not labeled
+    has_label = settings.label_column in names
     texts = [name for name in settings.text_columns if name in names]
     if len(texts) == len(settings.text_columns) and has_label: return
     if {"text_columns", "label_column"} & settings.model_fields_set: return  # the reader reports it
     if texts and has_label:
         choice = ColumnChoice(tuple(texts), None, f"text from {', '.join(map(repr, texts))}")
     else:
-        choice = choose_columns(loc, profile_table(reader), labeled)
+        choice = choose_columns(loc, profile_table(reader))
     get_logger().warning(f"{loc}: {choice.reason}. Other columns: --text-columns, --label-column.")
     set_columns(choice.text_columns, choice.label_column)
 

@@ -233,7 +233,8 @@ def read_yaml(
     except OSError as error:
         raise UserError(f"{option}: {error.strerror}: {path}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{option}: {path} is not YAML: {error}.") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{option}: {path} is not YAML: {reason}.") from None
 
 def _load_yaml(
     kind:type[_Kind], # model to build

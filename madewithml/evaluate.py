@@ -10,7 +10,7 @@ __all__ = ['SLICES', 'classification_metrics', 'per_class_metrics', 'weighted_f1
            'require_behavior']
 
 # %% ../nbs/30_evaluate.ipynb #10d43536
-import re
+import json, re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from scipy.sparse import csr_array
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -29,7 +28,7 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from .columns import behavior_columns
-from .config import CheckFailed, UserError, get_settings
+from .config import CheckFailed, UserError, get_settings, read_yaml
 from .data import build_texts, read_labeled_table, read_table, read_training_table
 from .models import class_names, load_classifier, predict_proba
 from .schemas import (
@@ -177,13 +176,9 @@ def parse_slices(
     "Name to pandas query. Raises: UserError."
     where = "--slices" if text.lstrip().startswith("{") else text
     try:
-        source = text if where == "--slices" else Path(text).read_text(encoding="utf-8")
-        slices = yaml.safe_load(source) or {}
-    except OSError as error:
-        raise UserError(f"{where}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: is neither JSON nor YAML: {reason}.") from None
+        slices = json.loads(text) if where == "--slices" else read_yaml(text, "--slices") or {}
+    except ValueError as error:
+        raise UserError(f"--slices: is not JSON: {error}.") from None
     if not isinstance(slices, dict) or not all(isinstance(part, str)
                                                for item in slices.items() for part in item):
         raise UserError(f"{where}: must map names to pandas queries.")

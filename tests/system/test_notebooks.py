@@ -32,6 +32,7 @@ FAST = {  # run by `make test`
     "explore/reading_speed": {"num_rows": 500, "rounds": 1},
 }
 SLOW = {  # run by `make test-slow`
+    "explore/any_table": {"options": ["--num-epochs", "1", "--num-samples", "160"]},
     "explore/error_analysis": {"dataset_loc": SMALL_TABLE, "num_epochs": 1},
     "explore/baselines": {"num_samples": 160, "num_epochs": 1, "rounds": 1},
     "explore/cross_validation": {"dataset_loc": SMALL_TABLE, "folds": 2,
