@@ -1077,6 +1077,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'madewithml.tables._explain_csv': ('tables.html#_explain_csv', 'madewithml/tables.py'),
                                    'madewithml.tables._feather_batches': ('tables.html#_feather_batches', 'madewithml/tables.py'),
                                    'madewithml.tables._files_below': ('tables.html#_files_below', 'madewithml/tables.py'),
+                                   'madewithml.tables._first_rows': ('tables.html#_first_rows', 'madewithml/tables.py'),
                                    'madewithml.tables._glob_pattern': ('tables.html#_glob_pattern', 'madewithml/tables.py'),
                                    'madewithml.tables._guess_encoding': ('tables.html#_guess_encoding', 'madewithml/tables.py'),
                                    'madewithml.tables._is_hidden': ('tables.html#_is_hidden', 'madewithml/tables.py'),

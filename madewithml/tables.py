@@ -403,6 +403,18 @@ def _check_names(file: TableFile, names: list[str]) -> None:
     if repeated:
         raise UserError(f"{file.name}: column {repeated[0]!r} appears twice in the header.")
 
+def _first_rows(sample: str, dialect: CsvDialect) -> tuple[list[list[str]], int]:
+    "The first rows, and the first blank line above one of them; 0: there is none."
+    lines = dialect.reader(io.StringIO(sample, newline=""))
+    rows, blank, blank_above = [], 0, 0
+    for row in islice(lines, 1000):
+        if row:
+            rows.append(row)
+            blank_above = blank_above or blank
+        else:
+            blank = blank or lines.line_num
+    return rows, blank_above
+
 def open_csv(
     file:TableFile, # a CSV file
 ) -> TableReader:
@@ -410,13 +422,14 @@ def open_csv(
     sample, encoding = _sample_text(file)
     head = sample[:_SNIFFED_CHARS]
     dialect = sniff_csv_dialect(head[:head.rfind("\n") + 1] or head)
-    lines = dialect.reader(io.StringIO(sample, newline=""))
-    rows = list(islice((row for row in lines if row), 1000))
+    rows, blank = _first_rows(sample, dialect)
     names, header = csv_column_names(rows)
     _check_names(file, names)
     notes = [] if encoding.startswith("utf") else [f"read as {encoding}"]
     if not dialect.quote:
         notes.append("quotes are read as part of the text")
+    if blank:
+        notes.append(f"blank lines are skipped, the first is line {blank}")
     if not header:
         notes.append(f"no header, columns named {', '.join(names)}")
     schema = pa.schema([(name, pa.string()) for name in names])

@@ -283,6 +283,8 @@ def test_guesses_are_reported(tmp_path: Path) -> None:
     assert open_table(path).notes == (
         "read as cp1252", "quotes are read as part of the text",
         "no header, columns named column_1, column_2")
+    blank = write(tmp_path, "t.csv", 'text,label\n"a\nb",x\n\nc,y\n\n')
+    assert open_table(blank).notes == ("blank lines are skipped, the first is line 4",)
 
 
 def test_settings_override_guesses(tmp_path: Path) -> None:
