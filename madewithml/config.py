@@ -625,6 +625,7 @@ def run_folder(
 ) -> Path:
     "Path of a run's results, which need not exist. Raises: UserError for a name of another kind."
     try:
-        return get_settings().results_dir / _check_folder_name(run_name)
+        _check_folder_name(run_name)
     except ValueError as error:
         raise UserError(f"--run-name {run_name!r} {error}.") from None
+    return get_settings().results_dir / run_name

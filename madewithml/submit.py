@@ -6,7 +6,7 @@
 __all__ = ['stage_job_files', 'job_env', 'submit']
 
 # %% ../nbs/81_submit.ipynb #16fc45c0
-import asyncio, logging, os, re, shlex, shutil, tempfile, time
+import asyncio, logging, os, shlex, shutil, tempfile, time
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
@@ -28,14 +28,14 @@ _OUTPUTS = ("--output", "--results-fp", "--best-fp")  # options that name a file
 
 def _is_local_input(option: str, value: str) -> bool:
     "Whether an option's value names files of this machine: any file; a table may be of several."
-    if "://" in value or option in _OUTPUTS: return False
+    if not value or "://" in value or option in _OUTPUTS: return False
     if Path(value).is_file(): return True
     return option.endswith("-loc") and (Path(value).is_dir() or bool(glob(value, recursive=True)))
 
 def _stage_input(folder: Path, loc: str) -> str:
     "Copies local files and those that belong to the table; returns their location in the job."
     loc = os.path.abspath(loc)
-    source = companion_dir(loc)
+    source = companion_dir(loc) or Path(loc).parent
     target = Path("inputs") / content_hash(str(source).encode())[:8]
     beside = [path for name in COMPANIONS if (path := companion_file(loc, name))]
     for file in [*(Path(file.path) for file in list_table_files(loc)), *beside]:
@@ -46,10 +46,10 @@ def _stage_input(folder: Path, loc: str) -> str:
 
 def _stage_argument(folder: Path, previous: str, argument: str) -> str:
     "The argument as the job sees it: a local input under its new name; `--option=`, '@' are kept."
-    prefix, value = re.match(r"(--[\w-]+=|)(.*)", argument, re.DOTALL).groups()
-    at, name = re.match(r"(@?)(.*)", value, re.DOTALL).groups()
-    if not _is_local_input(prefix.rstrip("=") or previous, name): return argument
-    return prefix + at + _stage_input(folder, name)
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", "")
+    name = (value or argument).removeprefix("@")
+    if not _is_local_input(option if equals else previous, name): return argument
+    return argument.removesuffix(name) + _stage_input(folder, name)
 
 def stage_job_files(
     folder:Path, # empty directory, the job's working directory
