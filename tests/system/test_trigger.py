@@ -21,7 +21,7 @@ from tests.conftest import CLI, ROOT, Run, fork_cli, kill_cli, run_cli
 
 DATASET = ROOT / "datasets" / "dataset.csv"
 HOLDOUT = str(ROOT / "datasets" / "holdout.csv")
-TRIALS = 10
+TRIALS = 3  # of each; one takes two minutes
 # Both versions have the same size, so other load on the machine is no reason to reject one. And a
 # champion trained on 300 rows passes some behavioral tests by luck.
 PROMOTION_POLICY = {"max_p99_latency_ratio": 10, "max_p50_latency_ratio": 10, "max_p99_ms": 1000,
