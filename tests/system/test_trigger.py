@@ -303,14 +303,14 @@ def test_better_challenger_is_promoted(trial: int, small: Run, tables: Tables,
 @pytest.mark.parametrize("trial", range(TRIALS))
 def test_worse_challenger_is_never_promoted(trial: int, small: Run, tables: Tables,
                                             tmp_path: Path) -> None:
-    """Without the check of labels, 40 to 67 % of swapped labels are trained on.
+    """Without the check of labels, half of them and more are swapped in what is trained on.
 
-    The gate rejects the challenger, and the table is not tried again."""
+    The gate rejects the challenger, for its F1 or its calibration; it is not tried again."""
     loop = make_loop(small, tmp_path, tables[0], check_agreement=False, cooldown_hours=0)
     rows = tables[1].sample(600, random_state=trial)
-    loop.add(swap_labels(rows, 0.4 + 0.03 * trial, seed=trial))
+    loop.add(swap_labels(rows, 0.5 + 0.1 * trial, seed=trial))
     done = loop.trigger("--num-epochs", "1", "--seed", str(trial))
-    message = "Check failed: Version 2 was not promoted: weighted F1"
+    message = "Check failed: Version 2 was not promoted: "
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.splitlines()[-1].startswith(message), done.stdout + done.stderr
     assert loop.decisions == [("retrain", "rejected")]
