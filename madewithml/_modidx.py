@@ -1127,6 +1127,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'madewithml.tracking': { 'madewithml.tracking._artifact_location': ( 'tracking.html#_artifact_location',
                                                                                  'madewithml/tracking.py'),
                                      'madewithml.tracking._as_uri': ('tracking.html#_as_uri', 'madewithml/tracking.py'),
+                                     'madewithml.tracking._connect_to_database': ( 'tracking.html#_connect_to_database',
+                                                                                   'madewithml/tracking.py'),
                                      'madewithml.tracking._dataset_input': ('tracking.html#_dataset_input', 'madewithml/tracking.py'),
                                      'madewithml.tracking._download_once': ('tracking.html#_download_once', 'madewithml/tracking.py'),
                                      'madewithml.tracking._failure_reason': ('tracking.html#_failure_reason', 'madewithml/tracking.py'),

@@ -22,12 +22,22 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 import mlflow
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run
 from mlflow.exceptions import MlflowException
+from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from .config import UserError, get_settings, package_dir
 from .schemas import EpochMetrics, Trial
 from .storage import persistent_uri
 from .utils import atomic_path, content_hash, temporary_env
+
+# %% ../nbs/04_tracking.ipynb #cd708143
+def _connect_to_database(uri: str) -> None:
+    "Connects once, within 5 s, if the URI is that of a database server."
+    if not uri.startswith(("postgresql", "mysql")): return
+    timeouts = {"connect_timeout": 5}
+    if uri.startswith("mysql"):  # whose drivers wait for the server's greeting without end
+        timeouts["read_timeout"] = 5
+    create_engine(uri, connect_args=timeouts).connect().close()
 
 # %% ../nbs/04_tracking.ipynb #28c49fef
 _FIRST_REQUEST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "5"}
@@ -38,11 +48,12 @@ _checked: dict[str, tuple[float, str]] = {}  # tracking URI to time and reason; 
 def _failure_reason(uri: str) -> str:
     "Why MLflow does not answer; empty if it does."
     try:
+        _connect_to_database(uri)
         with temporary_env(_FIRST_REQUEST):
             mlflow.MlflowClient(uri).search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError) as error:
+    except (ImportError, MlflowException, SQLAlchemyError) as error:
         known = re.search("Connection refused|Read timed out|[Cc]onnect(ion to .+)? timed out"
-                          "|Name or service not known|error code [0-9]+", str(error))
+                          "|timeout expired|Name or service not known|error code [0-9]+", str(error))
         return known[0] if known else re.split(r"\.?\n|\. ", str(error).strip())[0]
     return ""
 
@@ -54,6 +65,7 @@ def _require_connection(uri: str) -> None:
             reason = _failure_reason(uri)
             _checked[uri] = time.monotonic(), reason
     if not reason: return
+    uri = re.sub("(://[^/@:]*):[^/@]*@", r"\1:***@", uri)  # without the password
     hint = "Is MADEWITHML_TRACKING_URI right, and does its server run?"
     if "database schema" in reason:
         hint = f"Copy the database, then run `mlflow db upgrade {uri}`, or use its MLflow version."
