@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STOPWORDS', 'open_checked_table', 'read_table', 'normalize_label', 'read_with_labels', 'read_labeled_table',
-           'as_user_errors', 'stream_table', 'clean_text', 'join_text', 'build_texts', 'table_texts', 'repair_rows',
-           'read_training_table', 'normalized_key', 'stratified_split', 'stratified_sample', 'build_label2id',
-           'RaggedTokens', 'tokenize', 'length_grouped_batches', 'shard_batches', 'pad_sequences', 'collate']
+           'as_user_errors', 'stream_table', 'clean_text', 'count_words', 'check_known_labels', 'join_text',
+           'build_texts', 'table_texts', 'repair_rows', 'read_training_table', 'normalized_key', 'stratified_split',
+           'stratified_sample', 'build_label2id', 'RaggedTokens', 'tokenize', 'length_grouped_batches', 'shard_batches',
+           'pad_sequences', 'collate']
 
 # %% ../nbs/10_data.ipynb #6cf46005
 import re, unicodedata
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,17 @@ import numpy as np, pandas as pd, pyarrow as pa
 from .config import UserError, get_settings
 from .schemas import Repair
 from .tables import TableReader, infer_numbers, open_table, text_column
-from .utils import content_hash, get_logger
+from .utils import content_hash, get_logger, shorten
 
 # %% ../nbs/10_data.ipynb #8803a45c
 def _check_columns(loc: str|Path, required: Sequence[str], columns: list[str]) -> None:
     "Raises: UserError for a required column that is missing."
     missing = [name for name in required if name not in columns]
-    if missing:
-        raise UserError(f"{loc}: column {missing[0]!r} is missing (found: {', '.join(columns)}).",
-                        "Set MADEWITHML_TEXT_COLUMNS and MADEWITHML_LABEL_COLUMN.")
+    if not missing: return
+    similar = get_close_matches(missing[0], columns, 1)
+    hint = f"Did you mean {similar[0]!r}? " if similar else ""
+    raise UserError(f"{loc}: column {missing[0]!r} is missing (found: {', '.join(columns)}).",
+                    f"{hint}Give --text-columns and --label-column.")
 
 # %% ../nbs/10_data.ipynb #d8211dfd
 @cache
@@ -85,6 +89,9 @@ def read_with_labels(
     "All rows, with normalized labels; empty where there is none. Raises: UserError."
     settings = get_settings()
     name = settings.label_column
+    if name in settings.text_columns:
+        raise UserError(f"{loc}: {name!r} is the label column and a text column.",
+                        "Give --text-columns and --label-column.")
     rows = read_table(loc, (*settings.text_columns, name))
     written = rows[name].fillna("").str.strip()
     rows[name] = rows[name].map(normalize_label, na_action=None)
@@ -174,6 +181,31 @@ def clean_text(
         text = " ".join(word for word in text.split() if word.lower() not in STOPWORDS)
     return text
 
+# %% ../nbs/10_data.ipynb #5bced0c5
+_UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+
+def count_words(
+    text:str, # of any language
+) -> int:
+    "Words between white space, and characters of scripts that are written without spaces."
+    return len(_WORD.findall(text))
+
+# %% ../nbs/10_data.ipynb #34483020
+def check_known_labels(
+    rows:pd.DataFrame, # of a labeled table
+    train:pd.DataFrame, # rows of the training table
+    loc:str|Path, # of the first table, for the error message
+) -> None:
+    "Raises: UserError if a label of the rows is none of the training table."
+    labels = rows[get_settings().label_column]
+    known = sorted(set(train[get_settings().label_column]))
+    unknown = sorted(set(labels) - set(known))
+    if unknown:
+        raise UserError(f"{loc}: the label {unknown[0]!r} is none of the training table "
+                        f"({', '.join(known[:20])}{', …' * (len(known) > 20)}).",
+                        "Leave its rows out, or add such rows to the training table.")
+
 # %% ../nbs/10_data.ipynb #35bece84
 def join_text(
     *parts:str, # the text columns of a row, in order
@@ -216,7 +248,7 @@ def _describe_repair(name: str, rows: pd.DataFrame, is_changed: np.ndarray,
     changed = np.flatnonzero(is_changed)
     if not len(changed): return []
     labels = rows[get_settings().label_column]
-    examples = [f"row {i + 2}: {labels[i] or 'no label'}: {texts[i][:80] or 'no text'}"
+    examples = [f"row {i + 2}: {labels[i] or 'no label'}: {shorten(texts[i]) or 'no text'}"
                 for i in changed[:_NUM_EXAMPLES]]
     return [Repair(name=name, num_rows=len(changed), examples=examples)]
 
