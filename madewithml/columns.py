@@ -44,6 +44,12 @@ class ColumnProfile:
         has_words = self.mean_words >= 1.5 or self.unspaced > 0.3
         return has_words and self.letters > 0.5 and self.num_distinct > self.num_rows / 5
 
+    @property
+    def length(self) -> str:
+        "Words of a value, or characters of a script without spaces, for the user."
+        if self.unspaced > 0.3: return f"{self.mean_chars:.0f} characters"
+        return f"{self.mean_words:.0f} words"
+
 # %% ../nbs/09_columns.ipynb #09a00012
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}]"
 
@@ -97,23 +103,31 @@ def _unclear(loc: str|Path, what: str, candidates: list[ColumnProfile]) -> UserE
 class ColumnChoice:
     "The columns of a table that a model reads and predicts."
     text_columns: tuple[str, ...]
-    label_column: str|None  # None: the one that is set
+    label_column: str
     reason: str  # for the user
 
 def choose_columns(
     loc:str|Path, # of the table, for the error message
     profiles:list[ColumnProfile], # of its columns
+    text_columns:tuple[str, ...]=(), # that are given; none: chosen
+    label_column:str|None=None, # that is given; None: chosen
 ) -> ColumnChoice:
     "The columns by what they contain. Raises: UserError that lists the candidates."
-    labels = [profile for profile in profiles if profile.may_be_label]
-    label = _pick(labels, _USUAL_LABELS)
-    texts = [profile for profile in profiles if profile.may_be_text and profile is not label]
-    text = _pick(texts, _USUAL_TEXTS)
-    if text is None: raise _unclear(loc, "text", texts or profiles)
-    if label is None: raise _unclear(loc, "label", labels or profiles)
-    reason = (f"text from {text.name!r} ({text.mean_words:.0f} words on average), "
-              f"label from {label.name!r} ({label.num_distinct} different values)")
-    return ColumnChoice((text.name,), label.name, reason)
+    reasons = []
+    free = [profile for profile in profiles if profile.name not in (*text_columns, label_column)]
+    labels = [profile for profile in free if profile.may_be_label]
+    label = None if label_column else _pick(labels, _USUAL_LABELS)
+    if not text_columns:
+        texts = [profile for profile in free if profile.may_be_text and profile is not label]
+        text = _pick(texts, _USUAL_TEXTS)
+        if text is None: raise _unclear(loc, "text", texts or free)
+        text_columns = (text.name,)
+        reasons.append(f"text from {text.name!r} ({text.length} on average)")
+    if not label_column:
+        if label is None: raise _unclear(loc, "label", labels or free)
+        label_column = label.name
+        reasons.append(f"label from {label.name!r} ({label.num_distinct} different values)")
+    return ColumnChoice(text_columns, label_column, ", ".join(reasons))
 
 # %% ../nbs/09_columns.ipynb #09a00031
 def set_columns(
@@ -135,14 +149,19 @@ def use_columns_of_table(
     settings = get_settings()
     reader = open_table(loc)
     names = reader.schema.names
+    texts = tuple(name for name in settings.text_columns if name in names)
+    is_complete = len(texts) == len(settings.text_columns)
     has_label = settings.label_column in names
-    texts = [name for name in settings.text_columns if name in names]
-    if len(texts) == len(settings.text_columns) and has_label: return
-    if {"text_columns", "label_column"} & settings.model_fields_set: return  # the reader reports it
-    if texts and has_label:
-        choice = ColumnChoice(tuple(texts), None, f"text from {', '.join(map(repr, texts))}")
+    given_texts, given_label = (name in settings.model_fields_set
+                                for name in ("text_columns", "label_column"))
+    if (is_complete or given_texts) and (has_label or given_label): return
+    if texts and has_label:  # of several default columns, some
+        reason = f"text from {', '.join(map(repr, texts))}"
+        choice = ColumnChoice(texts, settings.label_column, reason)
     else:
-        choice = choose_columns(loc, profile_table(reader))
+        choice = choose_columns(
+            loc, profile_table(reader), settings.text_columns if given_texts else (),
+            settings.label_column if given_label or has_label else None)
     get_logger().warning(f"{loc}: {choice.reason}. Other columns: --text-columns, --label-column.")
     set_columns(choice.text_columns, choice.label_column)
 
