@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .config import CheckFailed, UserError, get_settings, package_dir
-from .data import normalize_label, read_table
+from .data import count_words, normalize_label, read_table
 from .tables import table_hash
 from .schemas import ExpectationResult, Severity, ValidateResults
-from .utils import atomic_path
+from .utils import atomic_path, shorten
 
 if TYPE_CHECKING:
     from great_expectations.core import (
@@ -46,7 +46,7 @@ def _readings(timestamp_column: str) -> str:
 
 # %% ../nbs/11_data_validation.ipynb #0f663167
 def _word_counts(texts: pd.Series) -> pd.Series:
-    return texts.map(lambda text: len(str(text).split()), na_action="ignore").astype(float)
+    return texts.map(lambda text: count_words(str(text)), na_action="ignore").astype(float)
 
 def _normalize_labels(labels: pd.Series) -> pd.Series:
     "Labels as reading for training gives them; None where there is none."
@@ -67,7 +67,8 @@ def _labels_per_text(texts: pd.DataFrame, labels: pd.Series) -> pd.Series:
 # %% ../nbs/11_data_validation.ipynb #a3b5ac13
 _NUMERIC_DATE = r"^\s*(\d{1,2})([./-])(\d{1,2})[./-]\d{2}(?:\d{2})?\b"
 _EPOCH = {"s": r"\d{9,10}(?:\.\d*)?", "ms": r"\d{12,13}"}
-_HAS_DAY = r"\d{4}|\d{1,2}[./-]\d{1,2}[./-]\d{2}"
+# Digits alone are a date if they are eight: others are years, postal codes or numbers.
+_HAS_DAY = r"\d{4}.*\D|\D.*\d{4}|^\d{8}$|\d{1,2}[./-]\d{1,2}[./-]\d{2}"
 
 def _day_first(texts: pd.Series) -> bool|None:
     "Whether numeric dates begin with the day; None if no row tells, or rows contradict."
@@ -79,9 +80,9 @@ def _day_first(texts: pd.Series) -> bool|None:
 def parse_dates(
     texts:pd.Series, # dates as written
 ) -> pd.Series:
-    "The time of each date in UTC; NaT for what is none."
+    "The time of each date in UTC, in microseconds; NaT for what is none."
     texts = texts.astype("string").str.strip()
-    times = pd.Series(pd.NaT, index=texts.index, dtype="datetime64[ns, UTC]")
+    times = pd.Series(pd.NaT, index=texts.index, dtype="datetime64[us, UTC]")
     for unit, pattern in _EPOCH.items():
         is_epoch = texts.str.fullmatch(pattern).fillna(False).astype(bool)
         times[is_epoch] = pd.to_datetime(texts[is_epoch].astype(float), unit=unit, utc=True)
@@ -164,7 +165,7 @@ def table_expectations(
     "Expectations about the table as a whole."
     configured = get_settings().columns
     names = [name for name in configured if name in required]
-    absent = [name for name in configured if name not in columns]
+    absent = [name for name in names if name not in columns]
     observed = f"found: {', '.join(columns)}"
     if absent:
         observed += f"; absent: {', '.join(absent)}"
@@ -338,7 +339,7 @@ def _format_value(value: Any) -> str:
         text = f"{value:g}"
     else:
         text = str(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return shorten(text, 60)
 
 # %% ../nbs/11_data_validation.ipynb #27bd59e6
 def _format_row(frame: pd.DataFrame, row: int, columns: tuple[str, ...]) -> str:
@@ -373,7 +374,9 @@ def to_expectation(
     unexpected_rows = result.get("partial_unexpected_index_list", [])
     return ExpectationResult(
         name=spec.name, severity=spec.severity, success=bool(validation.success),
-        checked=result.get("element_count", 1) - result.get("missing_count", 0),
+        # Of a whole column, what is missing are values of the reference, not rows.
+        checked=result["element_count"] - result.get("missing_count", 0)
+                if "element_count" in result else 1,
         unexpected=result.get("unexpected_count", int(not validation.success)),
         examples=[_format_row(frame, int(row), spec.example_columns) for row in unexpected_rows],
         observed=f"could not be checked: {error}" if error else spec.observed or _observed(result))

@@ -52,8 +52,8 @@ def _failure_reason(uri: str) -> str:
         with temporary_env(_FIRST_REQUEST):
             mlflow.MlflowClient(uri).search_experiments(max_results=1)
     except (ImportError, MlflowException, SQLAlchemyError) as error:
-        known = re.search("Connection refused|Read timed out|[Cc]onnect(ion to .+)? timed out"
-                          "|timeout expired|Name or service not known|error code [0-9]+", str(error))
+        known = re.search("Connection refused|Read timed out|[Cc]onnect(ion to .+)? timed out|"
+                          "timeout expired|Name or service not known|error code [0-9]+", str(error))
         return known[0] if known else re.split(r"\.?\n|\. ", str(error).strip())[0]
     return ""
 
