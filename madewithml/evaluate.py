@@ -29,13 +29,15 @@ from transformers import PreTrainedTokenizerFast
 
 from .columns import behavior_columns
 from .config import CheckFailed, UserError, get_settings, read_yaml
-from .data import build_texts, read_labeled_table, read_table, read_training_table
+from .data import (
+    build_texts, count_words, read_labeled_table, read_table, read_training_table,
+    stratified_sample)
 from .models import class_names, load_classifier, predict_proba
 from .schemas import (
     BehavioralTestResult, CalibrationBin, ClassificationMetrics, EvaluateResults,
     Misclassification, OverallMetrics)
 from .tables import companion_file, table_hash
-from .tracking import fetch_checkpoint
+from .tracking import fetch_checkpoint, get_run
 
 # %% ../nbs/30_evaluate.ipynb #808716d9
 def classification_metrics(
@@ -133,7 +135,7 @@ def has_rare_class(
     return rows["label"].map(counts) < counts.mean() / 2
 
 def _word_counts(rows: pd.DataFrame) -> pd.Series:
-    return rows["text"].str.split().str.len()
+    return rows["text"].map(count_words)
 
 SLICES: dict[str, str | Callable[[pd.DataFrame], pd.Series]] = {
     "short_text": lambda rows: _word_counts(rows) <= _word_counts(rows).quantile(0.1),
@@ -339,6 +341,15 @@ def baseline_f1(
     predicted = fit_tfidf_baseline(train).predict(build_texts(rows))
     return classification_metrics(labels, predicted).f1
 
+# %% ../nbs/30_evaluate.ipynb #7da2b025
+def _read_training_rows(run_id: str, train_loc: str|Path) -> pd.DataFrame:
+    "The rows that the run trained and validated on: the repaired table, or its sample."
+    params = get_run(run_id).data.params
+    num_samples = params.get("num_samples", "None")
+    return stratified_sample(read_training_table(train_loc)[0],
+                             None if num_samples == "None" else int(num_samples),
+                             int(params["seed"]))
+
 # %% ../nbs/30_evaluate.ipynb #470cd67a
 def _overall_metrics(ids: np.ndarray, probabilities: np.ndarray,
                      bins: list[CalibrationBin]) -> OverallMetrics:
@@ -368,7 +379,7 @@ def evaluate_predictions(
     texts = build_texts(rows)
     unknown = sorted(set(labels) - set(names))
     if unknown:
-        raise UserError(f"The table has a label the model does not know: {unknown[0]!r} "
+        raise UserError(f"The table has a label the model does not know: {str(unknown[0])!r} "
                         f"(known: {', '.join(names)}).")
     ids = np.array([names.index(label) for label in labels])
     predicted = np.array(names)[probabilities.argmax(1)]
@@ -412,7 +423,8 @@ def evaluate_model(
     parts = evaluate_predictions(rows, proba(build_texts(rows)), names,
                                  general_slices(tokenizer) | own_slices)
     if train_loc is not None:
-        parts["overall"].baseline_f1 = baseline_f1(read_training_table(train_loc)[0], rows)
+        parts["overall"].baseline_f1 = baseline_f1(
+            _read_training_rows(run_id, train_loc), rows)
     cases = load_behavioral_tests(dataset_loc, behavior_loc)
     return EvaluateResults(
         run_id=run_id, dataset_loc=str(dataset_loc), dataset_digest=table_hash(dataset_loc),

@@ -8,6 +8,7 @@ __all__ = ['escape_cell', 'markdown_table', 'get_results', 'gate_markdown', 'loa
 # %% ../nbs/70_report.ipynb #1fae3bea
 import re
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +17,7 @@ from .schemas import (RESULT_SCHEMAS, BaseResults, ClassificationMetrics, Evalua
                                 MonitorResults, PolicyCheck, PredictResults, PromoteResults,
                                 RegisterResults, TrainResults, ValidateResults, performance_line,
                                 read_results, window_line)
+from .utils import shorten
 
 # %% ../nbs/70_report.ipynb #b37d63cd
 # Positions at which a zero-width space keeps GitHub from linking or notifying.
@@ -28,9 +30,7 @@ def escape_cell(
     "The value as text for a Markdown table cell, inert on GitHub."
     text = " ".join(str(value).split())
     text = "".join(character for character in text if character.isprintable())
-    if len(text) > limit:
-        text = text[:limit - 1] + "…"
-    text = _AUTOLINKS.sub("\u200b", text)
+    text = _AUTOLINKS.sub("\u200b", shorten(text, limit))
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     for character in "\\`*_~[]|@#":
         text = text.replace(character, "\\" + character)
@@ -62,6 +62,9 @@ def _headline_facts(results: EvaluateResults, previous: EvaluateResults|None) ->
     if now.baseline_f1 is not None:
         facts.append(f"TF-IDF + logistic regression reaches {now.baseline_f1:.3f} "
                      "on the same rows.")
+        if now.baseline_f1 > now.f1:
+            facts.append("The model is below it: more epochs may help, or an encoder made for the "
+                         "language and the length of these texts (`--encoder`).")
     if results.behavior:
         passed = sum(test.success for test in results.behavior)
         facts.append(f"Behavioral tests: {passed} of {len(results.behavior)} passed.")
@@ -113,14 +116,19 @@ def _failed_tests(results: EvaluateResults) -> str:
             for test in results.behavior if not test.success]
     return markdown_table(["kind", "text", "expected", "predicted"], rows)
 
+def _file_name(loc: str) -> str:
+    "The last part of a table's path or URI."
+    return escape_cell(loc.rstrip("/").rsplit("/", 1)[-1])
+
 def _misclassifications(results: EvaluateResults) -> str:
-    "The five misclassifications with the highest confidence."
-    rows = []
-    for mistake in results.mistakes[:5]:
-        text = mistake.text[:120] + "…" * (len(mistake.text) > 120)
-        rows.append([mistake.row, text, mistake.label, mistake.predicted,
-                     f"{mistake.confidence:.2f}"])
-    return markdown_table(["row (header: 1)", "text", "label", "predicted", "confidence"], rows)
+    "The five misclassifications with the highest confidence, of different texts."
+    by_text = {}
+    for mistake in results.mistakes:
+        by_text.setdefault(mistake.text.casefold(), mistake)
+    rows = [[mistake.row, shorten(mistake.text, 120), mistake.label, mistake.predicted,
+             f"{mistake.confidence:.2f}"] for mistake in islice(by_text.values(), 5)]
+    row = f"row of {_file_name(results.dataset_loc)} (header: 1)"
+    return markdown_table([row, "text", "label", "predicted", "confidence"], rows)
 
 def _evaluation_sections(results: EvaluateResults, previous: EvaluateResults|None,
                          previous_name: str) -> dict[str, str]:
@@ -143,7 +151,8 @@ def _training(results: TrainResults) -> str:
     sizes = f"{results.num_train} training and {results.num_val} validation rows"
     repairs = [[repair.name, repair.num_rows, "; ".join(repair.examples)]
                for repair in results.repairs]
-    repaired = markdown_table(["repair of the table", "rows", "first rows"], repairs)
+    first = f"first rows of {_file_name(results.dataset_loc)} (header: 1)"
+    repaired = markdown_table(["repair of the table", "rows", first], repairs)
     return f"{run}, {sizes}.\n\n{markdown_table(header, rows)}\n\n{repaired}".rstrip()
 
 # %% ../nbs/70_report.ipynb #3b3b0eb4
@@ -163,8 +172,8 @@ def _summary_lines(results: dict[str, BaseResults]) -> str:
         met = sum(expectation.success for expectation in data.expectations)
         lines.append(f"- data: {data.num_samples} rows, "
                      f"{met} of {len(data.expectations)} expectations met")
-        lines += [f"  - {each.severity}: {escape_cell(each.name)}, "
-                  f"{each.unexpected} of {each.checked} {escape_cell(each.observed)}".rstrip()
+        lines += [f"  - {each.severity}: {escape_cell(each.name)}: "
+                  f"{each.unexpected} of {each.checked}; {escape_cell(each.observed)}".rstrip("; ")
                   for each in data.expectations if not each.success]
     if batch := get_results(results, PredictResults):
         most = sorted(batch.predictions_per_class.items(), key=lambda item: -item[1])
