@@ -9,7 +9,7 @@ __all__ = ['app', 'cluster', 'options_from_fields', 'column_options', 'run', 'in
            'main']
 
 # %% ../nbs/90_cli.ipynb #31a30c0e
-import functools, inspect, json, sys
+import functools, inspect, json, shlex, sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
@@ -139,17 +139,13 @@ def _use_columns(text_columns: str|None, label_column: str|None, values: dict[st
     from madewithml.columns import (
         set_columns, use_columns_of_run, use_columns_of_table, use_settings_of_table)
     loc = values.get("dataset_loc")
-    is_given = bool(text_columns or label_column)
-    if is_given:
-        set_columns(split_names(text_columns or ""), label_column)
-        if not loc: return
     run_id = _model_run_id(values, alias)
     if loc:
         use_settings_of_table(loc, has_model=bool(run_id))
-    if is_given: return
     if run_id:
         use_columns_of_run(run_id)
-    elif loc:
+    set_columns(split_names(text_columns or ""), label_column)  # what is given wins
+    if loc and not run_id:
         use_columns_of_table(loc)
 
 # %% ../nbs/90_cli.ipynb #e5bf3797
@@ -189,8 +185,20 @@ def _with_embedded_tables(run: RunOptions) -> RunOptions:
         "predict_loc": run.predict_loc or str(tables / "unlabeled.csv")})
 
 # %% ../nbs/90_cli.ipynb #95908538
+def _promote_command(folder: Path) -> str:
+    "The command that promotes the model of a run; empty if none was registered."
+    if not (folder / "register.json").exists(): return ""
+    name, loc = (json.loads((folder / f"{workload}.json").read_text(encoding="utf-8"))[field]
+                 for workload, field in (("register", "model_name"), ("evaluate", "dataset_loc")))
+    command = "madewithml promote"
+    if name != get_settings().registry_name:
+        command += f" --model-name {shlex.quote(name)}"
+    if Path(loc) != bundled_dir("datasets") / "holdout.csv":
+        command += f" --dataset-loc {shlex.quote(loc)}"
+    return command
+
 def _show_report(report: Path) -> None:
-    "Prints the report, and the paths of the run's files."
+    "Prints the report, the paths of the run's files, and the next command."
     typer.echo("\n" + report.read_text(encoding="utf-8"))
     typer.echo("Files:")
     for name in ("report.md", "train.ipynb", "evaluate.json", "predictions.csv", "data_docs"):
@@ -201,6 +209,8 @@ def _show_report(report: Path) -> None:
     mlflow = Path(sys.executable).with_name("mlflow")
     interface = uri if uri.startswith("http") else f"{mlflow} ui --backend-store-uri {uri}"
     typer.echo(f"  {'MLflow':16} {interface}")
+    if command := _promote_command(report.parent):
+        typer.echo(f"Next: {command}")
 
 # %% ../nbs/90_cli.ipynb #54941641
 @app.command()
@@ -218,14 +228,14 @@ def run(
     Validate, train, evaluate, predict and register, each as an executed notebook.
     """
     # An invalid table is reported before torch and Ray are imported.
-    from madewithml.data import read_labeled_table, read_training_table
-    if dataset_loc is not None:
-        read_training_table(dataset_loc)
-    if run_options.holdout_loc is not None:
-        read_labeled_table(run_options.holdout_loc, min_labels=1)
+    from madewithml.data import check_known_labels, read_labeled_table, read_training_table
     if dataset_loc is None:
         dataset_loc = str(bundled_dir("datasets") / "dataset.csv")
         run_options = _with_embedded_tables(run_options)
+    rows, _ = read_training_table(dataset_loc)
+    if run_options.holdout_loc is not None:
+        holdout = read_labeled_table(run_options.holdout_loc, min_labels=1)
+        check_known_labels(holdout, rows, run_options.holdout_loc)
     from madewithml.pipeline import run_pipeline
     _show_report(run_pipeline(dataset_loc, train_options, run_options))
 

@@ -20,7 +20,7 @@ from .gate import evaluate_gate
 from .predict import Predictor
 from .registry import alias_lock, get_aliases, promote_challenger, resolve_alias
 from .schemas import CandidateMetrics, PolicyCheck, PromoteResults
-from .tables import table_hash
+from .tables import open_table, table_hash
 from .tracking import current_user, fetch_checkpoint, mlflow_client
 
 # %% ../nbs/42_promotion.ipynb #47768f5a
@@ -161,6 +161,15 @@ def _apply_decision(results: PromoteResults, aliases: dict[str, int]) -> None:
     client.log_text(challenger.run_id, results.model_dump_json(indent=2), path)
 
 # %% ../nbs/42_promotion.ipynb #0a600699
+def _embedded_holdout() -> Path:
+    "The embedded holdout. Raises: UserError if it has other columns than the model."
+    settings = get_settings()
+    loc = bundled_dir("datasets") / "holdout.csv"
+    if not {*settings.text_columns, settings.label_column} <= {*open_table(loc).schema.names}:
+        raise UserError("The embedded holdout is none for this model, which reads other columns.",
+                        "Give --dataset-loc with a labeled table that neither version has seen.")
+    return loc
+
 def promote_model(
     name:str|None=None, # registered model; None: the setting `registry_name`
     dataset_loc:str|Path|None=None, # labeled table new to both versions; None: embedded holdout
@@ -177,7 +186,7 @@ def promote_model(
         raise UserError("--force needs --reason: it is stored with the decision.")
     name = name or get_settings().registry_name
     policy = load_promotion_policy(policy_loc)
-    dataset_loc = dataset_loc or bundled_dir("datasets") / "holdout.csv"
+    dataset_loc = dataset_loc or _embedded_holdout()
     rows = read_labeled_table(dataset_loc, min_labels=1)
     tests = load_behavioral_tests(dataset_loc, behavior_loc)
     slices = load_slices(dataset_loc) if slices is None else slices

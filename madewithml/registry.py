@@ -55,6 +55,21 @@ def get_version_run(
     except MlflowException:
         raise UserError(f"The registry has no version {version} of {name!r}.") from None
 
+_LOCK_SUFFIX = ".lock"  # of the registry entry that serves as the lock of a model
+
+def _no_alias(name: str, alias: str, aliases: dict[str, int]) -> tuple[str, str]:
+    "What is missing, and what to do."
+    if "champion" in aliases:
+        return (f"{name!r} has no {alias}; version {aliases['champion']} is its champion.",
+                "`madewithml register` sets the challenger.")
+    others = [model.name for model in mlflow_client().search_registered_models(max_results=10)
+              if model.name != name and not model.name.endswith(_LOCK_SUFFIX)]
+    if not aliases and others:
+        return (f"There is no model {name!r}.",
+                f"Registered: {', '.join(others)}. Choose one by --model-name.")
+    return (f"{name!r} has no {alias}.",
+            "`madewithml register` sets the challenger, `madewithml promote` the champion.")
+
 def resolve_alias(
     alias:str, # such as 'champion'
     name:str|None=None, # registered model; None: the setting `registry_name`
@@ -63,8 +78,7 @@ def resolve_alias(
     name = _model_name(name)
     aliases = get_aliases(name)
     if alias not in aliases:
-        raise UserError(f"{name!r} has no {alias}.", "`madewithml register` sets the challenger, "
-                        "`madewithml promote` the champion.")
+        raise UserError(*_no_alias(name, alias, aliases))
     return aliases[alias], get_version_run(aliases[alias], name)
 
 # %% ../nbs/40_registry.ipynb #e5db7384
@@ -102,7 +116,7 @@ def alias_lock(
 ) -> Iterator[None]:
     "Locks the model's aliases. Raises: CheckFailed if the lock is taken or the aliases changed."
     owner = uuid.uuid4().hex
-    lock = f"{name}.lock"
+    lock = name + _LOCK_SUFFIX
     _acquire_lock(lock, owner, timeout, stale_after)
     try:
         aliases = get_aliases(name)

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from madewithml.schemas import RESULT_SCHEMAS
+from madewithml.tables import write_csv
 from tests.conftest import ROOT, fork_cli, run_cli
 
 DATASETS = ROOT / "datasets"
@@ -67,6 +68,21 @@ def test_invalid_table(command: str, mistake: str, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_columns_and_labels_are_checked_before_training(tmp_path: Path) -> None:
+    """A label column that is also the text, and a holdout with a label that nobody learns."""
+    write_csv(pd.DataFrame({"text": [f"text {i}" for i in range(40)], "class": ["a", "b"] * 20}),
+              tmp_path / "train.csv")
+    write_csv(pd.DataFrame({"text": ["one", "two"], "class": ["a", "c"]}), tmp_path / "test.csv")
+    run = ("run", "--dataset-loc", "train.csv")
+    columns = ("--text-columns", "text", "--label-column", "text")
+    for options, reason in ((columns, "'text' is the label column and a text column"),
+                            (("--holdout-loc", "test.csv"), "test.csv: the label 'c' is none of")):
+        done = fork_cli(*run, *options, cwd=tmp_path)
+        assert done.returncode == 2
+        assert reason in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize(("args", "reason"), [
     (["--train-loop-config", '{"learning_rate": 1}'], "learning_rate"),
     (["--train-loop-config", "{oops"], "not JSON"),
@@ -107,7 +123,8 @@ def test_run_writes_everything(trained) -> None:
     report = (trained.results / "report.md").read_text(encoding="utf-8")
     assert f"{trained.json('evaluate')['overall']['f1']:.3f}" in report
     assert (trained.results / "data_docs").is_dir()
-    assert "Files:" in (trained.folder / "stdout.txt").read_text(encoding="utf-8")
+    stdout = (trained.folder / "stdout.txt").read_text(encoding="utf-8")
+    assert "Files:" in stdout and stdout.splitlines()[-1].startswith("Next: madewithml promote")
 
 
 def test_every_training_row_is_used(trained) -> None:
