@@ -148,6 +148,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'madewithml.data.read_training_table': ('data.html#read_training_table', 'madewithml/data.py'),
                                  'madewithml.data.read_with_labels': ('data.html#read_with_labels', 'madewithml/data.py'),
                                  'madewithml.data.repair_rows': ('data.html#repair_rows', 'madewithml/data.py'),
+                                 'madewithml.data.row_number': ('data.html#row_number', 'madewithml/data.py'),
                                  'madewithml.data.shard_batches': ('data.html#shard_batches', 'madewithml/data.py'),
                                  'madewithml.data.stratified_sample': ('data.html#stratified_sample', 'madewithml/data.py'),
                                  'madewithml.data.stratified_split': ('data.html#stratified_split', 'madewithml/data.py'),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .config import CheckFailed, UserError, get_settings, package_dir
-from .data import count_words, normalize_label, read_table
+from .data import count_words, normalize_label, read_table, row_number
 from .tables import table_hash
 from .schemas import ExpectationResult, Severity, ValidateResults
 from .utils import atomic_path, shorten
@@ -111,9 +111,10 @@ def add_measured_columns(
     rows:pd.DataFrame, # rows of a labeled table
     now:datetime|None=None, # from which ages are computed; None: the current time
 ) -> pd.DataFrame:
-    "A copy with the measured columns, its rows numbered from 2 as in a CSV file."
+    "A copy with the measured columns, its rows numbered as in the table's file."
     settings = get_settings()
-    frame = rows.set_axis(pd.RangeIndex(2, len(rows) + 2))
+    first = row_number(rows, 0)
+    frame = rows.set_axis(pd.RangeIndex(first, first + len(rows)))
     for column in settings.text_columns:
         if column in frame:
             frame[column] = frame[column].astype(object)

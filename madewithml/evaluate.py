@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from .columns import behavior_columns
 from .config import CheckFailed, UserError, get_settings, read_yaml
 from .data import (
-    build_texts, count_words, read_labeled_table, read_table, read_training_table,
+    build_texts, count_words, read_labeled_table, read_table, read_training_table, row_number,
     stratified_sample)
 from .models import class_names, load_classifier, predict_proba
 from .schemas import (
@@ -257,7 +257,8 @@ def read_behavioral_tests(
     is_unknown = ~cases["kind"].isin(_KINDS)
     if is_unknown.any():
         row = int(np.argmax(is_unknown))
-        raise UserError(f"{loc}: row {row + 2}: unknown kind {cases['kind'][row]!r}.",
+        kind = cases["kind"][row]
+        raise UserError(f"{loc}: row {row_number(cases, row)}: unknown kind {kind!r}.",
                         f"Use one of {', '.join(_KINDS)}.")
     return cases
 
@@ -277,7 +278,7 @@ def _check_expected_labels(cases: pd.DataFrame, names: list[str]) -> None:
     if is_unknown.any():
         row = int(np.argmax(is_unknown))
         raise UserError(
-            f"Behavioral tests: row {row + 2} (the header is row 1) expects "
+            f"Behavioral tests: row {row_number(cases, row)} expects "
             f"{cases['expected'].iloc[row]!r}, a label that the model does not have "
             f"(known: {', '.join(names)}).")
 
@@ -398,7 +399,7 @@ def evaluate_predictions(
         "confusion": confusion_matrix(labels, predicted, labels=names).tolist(),
         "calibration": bins,
         "mistakes": [Misclassification(
-            row=int(i) + 2, text=texts[i], label=labels[i], predicted=predicted[i],
+            row=row_number(rows, int(i)), text=texts[i], label=labels[i], predicted=predicted[i],
             confidence=confidence[i]) for i in errors],
     }
 

@@ -20,7 +20,7 @@ from scipy.stats import binom, binomtest
 
 from .config import TriggerPolicy, UserError, bundled_dir, get_settings
 from .data import (
-    build_texts, normalize_label, normalized_key, read_labeled_table, read_table)
+    build_texts, normalize_label, normalized_key, read_labeled_table, read_table, row_number)
 from .data_validation import (add_measured_columns, id_and_timestamp_expectations,
                                         label_expectations, results_by_name, run_expectations,
                                         table_expectations, text_expectations, to_expectation)
@@ -84,7 +84,8 @@ def exceeds_baseline_rate(
 # %% ../nbs/64_ingest_checks.ipynb #3111165e
 def _row_check(name: str, is_wrong: pd.Series, shown: pd.Series) -> ExpectationResult:
     "A check that every row must pass; the first failing values of `shown` are the examples."
-    examples = [f"row {i + 2}: {str(shown.iloc[i])[:60]!r}" for i in np.flatnonzero(is_wrong)[:5]]
+    examples = [f"row {row_number(shown, i)}: {str(shown.iloc[i])[:60]!r}"
+                for i in np.flatnonzero(is_wrong)[:5]]
     return ExpectationResult(name=name, success=not is_wrong.any(), checked=len(is_wrong),
                              unexpected=int(is_wrong.sum()), examples=examples)
 

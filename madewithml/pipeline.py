@@ -118,7 +118,7 @@ def _execute(workload: Workload, folder: Path, parameters: dict[str, Any]) -> No
             papermill.execute_notebook(
                 _literal(workload.notebook), _literal(executed), parameters, cwd=os.getcwd(),
                 progress_bar=False, log_output=True, kernel_name="python3",
-                extra_arguments=["--log-level=ERROR"])
+                extra_arguments=["--log-level=CRITICAL"])  # no traceback on Ctrl-C
         except PapermillExecutionError as error:
             os.replace(executed, failed)
             raise _from_kernel_error(error, failed) from None

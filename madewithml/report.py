@@ -127,7 +127,7 @@ def _misclassifications(results: EvaluateResults) -> str:
         by_text.setdefault(mistake.text.casefold(), mistake)
     rows = [[mistake.row, shorten(mistake.text, 120), mistake.label, mistake.predicted,
              f"{mistake.confidence:.2f}"] for mistake in islice(by_text.values(), 5)]
-    row = f"row of {_file_name(results.dataset_loc)} (header: 1)"
+    row = f"row of {_file_name(results.dataset_loc)}"
     return markdown_table([row, "text", "label", "predicted", "confidence"], rows)
 
 def _evaluation_sections(results: EvaluateResults, previous: EvaluateResults|None,
@@ -151,7 +151,7 @@ def _training(results: TrainResults) -> str:
     sizes = f"{results.num_train} training and {results.num_val} validation rows"
     repairs = [[repair.name, repair.num_rows, "; ".join(repair.examples)]
                for repair in results.repairs]
-    first = f"first rows of {_file_name(results.dataset_loc)} (header: 1)"
+    first = f"first rows of {_file_name(results.dataset_loc)}"
     repaired = markdown_table(["repair of the table", "rows", first], repairs)
     return f"{run}, {sizes}.\n\n{markdown_table(header, rows)}\n\n{repaired}".rstrip()
 

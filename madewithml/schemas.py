@@ -167,7 +167,7 @@ class BehavioralTestResult(StrictModel):
 # %% ../nbs/02_schemas.ipynb #e99d02cb
 class Misclassification(StrictModel):
     "A row that the model misclassified."
-    row: int = Field(description="row of the CSV file, where the header is row 1")
+    row: int = Field(description="row of the table's file; a header is row 1")
     text: str
     label: str
     predicted: str

@@ -295,6 +295,7 @@ class TableReader:
     batches: Callable[[], Iterator[pa.RecordBatch]]
     notes: tuple[str, ...] = ()  # what was guessed, in words
     whole: Callable[[], pa.Table]|None = None  # a faster way to all rows, if there is one
+    first_row: int = 1  # number of the first row; 2: after a header, which is row 1
 
     def read(self) -> pa.Table:
         "All rows. Raises: UserError with the file and line."
@@ -434,7 +435,7 @@ def open_csv(
         notes.append(f"no header, columns named {', '.join(names)}")
     schema = pa.schema([(name, pa.string()) for name in names])
     csv_file = _CsvFile(file, encoding, dialect, names, header)
-    return TableReader(schema, csv_file.batches, tuple(notes), csv_file.read)
+    return TableReader(schema, csv_file.batches, tuple(notes), csv_file.read, 1 + header)
 
 # %% ../nbs/08_tables.ipynb #08a00081
 JSON_FIELD = {b"format": b"json"}  # metadata of a column of JSON text
@@ -590,7 +591,8 @@ def open_excel(
     rows = [dict(zip(names, map(_excel_cell, row), strict=True)) for row in cells[1:]]
     schema = _json_schema(iter(rows))
     notes = (f"sheet {name!r} of {len(sheets)}",) if len(sheets) > 1 else ()
-    return TableReader(schema, partial(_json_batches, lambda: iter(rows), schema), notes)
+    return TableReader(schema, partial(_json_batches, lambda: iter(rows), schema), notes,
+                       first_row=2)
 
 # %% ../nbs/08_tables.ipynb #08a00101
 _OPENERS: dict[str, Callable[[TableFile], TableReader]] = {
@@ -629,7 +631,8 @@ def open_table(
     except pa.ArrowException as error:
         raise UserError(f"{loc}: the files differ: {str(error).splitlines()[0]}") from None
     notes = tuple(dict.fromkeys(note for reader in readers for note in reader.notes))
-    return TableReader(schema, partial(_cast_batches, readers, schema), notes)
+    return TableReader(schema, partial(_cast_batches, readers, schema), notes,
+                       first_row=readers[0].first_row)
 
 # %% ../nbs/08_tables.ipynb #08a00104
 def read_table_file(

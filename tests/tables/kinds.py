@@ -207,9 +207,9 @@ KINDS: dict[str, Kind] = {
     "no text column": Kind([{"title": row["text"], "label": row["label"]} for row in vary()],
                            texts=[None], refused="column 'text' is missing"),
     "half without a label": Kind(vary(label=of("a", "")), labels=["a"],
-                                 refused="12 of 24 rows have no 'label', the first is row 3"),
+                                 refused="12 of 24 rows have no 'label', the first is row"),
     "half without a text": Kind(vary(text=lambda i: f"text {i}" if i % 4 else ""),
-                                refused="6 of 24 rows have no text, the first is row 2"),
+                                refused="6 of 24 rows have no text, the first is row"),
     "texts as objects": Kind(vary(text=lambda i: {"a": i}), texts=[None], formats=TYPED,
                              refused="column 'text' is not text"),
 }
