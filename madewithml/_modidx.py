@@ -1092,6 +1092,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'madewithml.tables._first_rows': ('tables.html#_first_rows', 'madewithml/tables.py'),
                                    'madewithml.tables._glob_pattern': ('tables.html#_glob_pattern', 'madewithml/tables.py'),
                                    'madewithml.tables._guess_encoding': ('tables.html#_guess_encoding', 'madewithml/tables.py'),
+                                   'madewithml.tables._has_orange_header': ('tables.html#_has_orange_header', 'madewithml/tables.py'),
                                    'madewithml.tables._is_hidden': ('tables.html#_is_hidden', 'madewithml/tables.py'),
                                    'madewithml.tables._is_number': ('tables.html#_is_number', 'madewithml/tables.py'),
                                    'madewithml.tables._is_whole': ('tables.html#_is_whole', 'madewithml/tables.py'),

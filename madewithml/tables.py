@@ -340,13 +340,15 @@ class _CsvFile:
     dialect: CsvDialect
     names: list[str]
     header: bool
+    num_skipped: int = 0  # rows below the header that are none of the table
 
     def options(self) -> dict[str, Any]:
         "pyarrow's options: all columns are text."
         dialect = self.dialect
         return {
             "read_options": arrow_csv.ReadOptions(
-                block_size=_BLOCK_BYTES, column_names=None if self.header else self.names),
+                block_size=_BLOCK_BYTES, column_names=None if self.header else self.names,
+                skip_rows_after_names=self.num_skipped),
             "parse_options": arrow_csv.ParseOptions(
                 delimiter=dialect.delimiter, quote_char=dialect.quote or False,
                 double_quote=not dialect.escape, escape_char=dialect.escape or False,
@@ -416,6 +418,17 @@ def _first_rows(sample: str, dialect: CsvDialect) -> tuple[list[list[str]], int]
             blank = blank or lines.line_num
     return rows, blank_above
 
+# Rows 2 and 3 of a file of Orange (https://orangedatamining.com): types and roles.
+_ORANGE_TYPES = {"", "c", "d", "s", "t", "continuous", "discrete", "string", "time"}
+_ORANGE_ROLES = {"", "c", "m", "i", "w", "class", "meta", "ignore", "weight"}
+
+def _has_orange_header(rows: list[list[str]]) -> bool:
+    "Whether two rows of types and roles of the columns follow the names."
+    if len(rows) < 3: return False
+    types, roles = (list(map(str.strip, row)) for row in rows[1:3])
+    return (any(types) and any(roles) and {*types} <= _ORANGE_TYPES
+            and all(role in _ORANGE_ROLES or "=" in role for role in roles))
+
 def open_csv(
     file:TableFile, # a CSV file
 ) -> TableReader:
@@ -433,9 +446,13 @@ def open_csv(
         notes.append(f"blank lines are skipped, the first is line {blank}")
     if not header:
         notes.append(f"no header, columns named {', '.join(names)}")
+    num_skipped = 2 if header and _has_orange_header(rows) else 0
+    if num_skipped:
+        notes.append("rows 2 and 3 are left out, types and roles of the columns in Orange's form")
     schema = pa.schema([(name, pa.string()) for name in names])
-    csv_file = _CsvFile(file, encoding, dialect, names, header)
-    return TableReader(schema, csv_file.batches, tuple(notes), csv_file.read, 1 + header)
+    csv_file = _CsvFile(file, encoding, dialect, names, header, num_skipped)
+    first_row = 1 + header + num_skipped
+    return TableReader(schema, csv_file.batches, tuple(notes), csv_file.read, first_row)
 
 # %% ../nbs/08_tables.ipynb #08a00081
 JSON_FIELD = {b"format": b"json"}  # metadata of a column of JSON text
