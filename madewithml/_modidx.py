@@ -868,6 +868,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'madewithml.report._monitoring': ('report.html#_monitoring', 'madewithml/report.py'),
                                    'madewithml.report._promotion': ('report.html#_promotion', 'madewithml/report.py'),
                                    'madewithml.report._save_plots': ('report.html#_save_plots', 'madewithml/report.py'),
+                                   'madewithml.report._slices': ('report.html#_slices', 'madewithml/report.py'),
                                    'madewithml.report._summary_lines': ('report.html#_summary_lines', 'madewithml/report.py'),
                                    'madewithml.report._training': ('report.html#_training', 'madewithml/report.py'),
                                    'madewithml.report.escape_cell': ('report.html#escape_cell', 'madewithml/report.py'),

@@ -110,6 +110,22 @@ def _group_table(kind: str, groups: _Groups, previous: _Groups, previous_name: s
     left_out = sum(now.num_samples > 0 for now in groups.values()) - len(rows)
     return f"{table}\n\n{left_out} more with a higher F1." if left_out else table
 
+# %% ../nbs/70_report.ipynb #3f6cecb9
+_SLICE_MEANINGS = {
+    "short_text": "the tenth of the rows with the fewest words",
+    "long_text": "the tenth with the most words",
+    "rare_class": "classes with less than half of the rows of an average class",
+    "class_name_absent": "no word of the text begins like a word of its label",
+    "no_known_word": "no word of the text is in the encoder's vocabulary"}
+
+def _slices(results: EvaluateResults, previous: _Groups, previous_name: str) -> str:
+    "A row per slice, and what the general ones are."
+    meanings = [f"{escape_cell(name)}: {_SLICE_MEANINGS[name]}"
+                for name, now in results.slices.items()
+                if now.num_samples and name in _SLICE_MEANINGS]
+    table = _group_table("slice", results.slices, previous, previous_name)
+    return f"{table}\n\n{'; '.join(meanings)}.".removesuffix("\n\n.")
+
 # %% ../nbs/70_report.ipynb #96616ec1
 def _failed_tests(results: EvaluateResults) -> str:
     rows = [[test.kind, test.changed or test.text, test.expected, test.predicted]
@@ -137,7 +153,7 @@ def _evaluation_sections(results: EvaluateResults, previous: EvaluateResults|Non
     slices = previous.slices if previous else {}
     return {"": _headline(results, previous, previous_name),
             "Classes": _group_table("class", results.per_class, classes, previous_name),
-            "Slices": _group_table("slice", results.slices, slices, previous_name),
+            "Slices": _slices(results, slices, previous_name),
             "Behavioral tests failed": _failed_tests(results),
             "Misclassifications with highest confidence": _misclassifications(results)}
 
