@@ -305,12 +305,12 @@ def test_worse_challenger_is_never_promoted(trial: int, small: Run, tables: Tabl
                                             tmp_path: Path) -> None:
     """Without the check of labels, half of them and more are swapped in what is trained on.
 
-    The gate rejects the challenger, for its F1 or its calibration; it is not tried again."""
+    The gate rejects the challenger, and the table is not tried again."""
     loop = make_loop(small, tmp_path, tables[0], check_agreement=False, cooldown_hours=0)
     rows = tables[1].sample(600, random_state=trial)
     loop.add(swap_labels(rows, 0.5 + 0.1 * trial, seed=trial))
     done = loop.trigger("--num-epochs", "1", "--seed", str(trial))
-    message = "Check failed: Version 2 was not promoted: "
+    message = "Check failed: Version 2 was not promoted: weighted F1"
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.splitlines()[-1].startswith(message), done.stdout + done.stderr
     assert loop.decisions == [("retrain", "rejected")]

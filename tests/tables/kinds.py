@@ -33,6 +33,7 @@ class Kind:
     types: dict[str, pa.DataType] = field(default_factory=dict)  # of columns in Parquet
     formats: tuple[str, ...] = ()  # that can hold it; empty: all
     refused: str = ""  # part of the line that ends a training
+    refused_row: int | None = None  # position of the row whose number follows there
 
     def expected_texts(self) -> list[str | None]:
         """The text of each row as a reader gives it."""
@@ -207,9 +208,11 @@ KINDS: dict[str, Kind] = {
     "no text column": Kind([{"title": row["text"], "label": row["label"]} for row in vary()],
                            texts=[None], refused="column 'text' is missing"),
     "half without a label": Kind(vary(label=of("a", "")), labels=["a"],
-                                 refused="12 of 24 rows have no 'label', the first is row"),
+                                 refused="12 of 24 rows have no 'label', the first is row ",
+                                 refused_row=1),
     "half without a text": Kind(vary(text=lambda i: f"text {i}" if i % 4 else ""),
-                                refused="6 of 24 rows have no text, the first is row"),
+                                refused="6 of 24 rows have no text, the first is row ",
+                                refused_row=0),
     "texts as objects": Kind(vary(text=lambda i: {"a": i}), texts=[None], formats=TYPED,
                              refused="column 'text' is not text"),
 }
@@ -271,6 +274,7 @@ BYTES: dict[str, Callable[[Rows], bytes]] = {
 }
 FORMATS = (*BYTES, *TYPED)
 FAMILIES = ("csv", "jsonl", "parquet")
+WITHOUT_HEADER = ("jsonl", "jsonl.gz", "json", *TYPED)
 
 
 def formats_of(kind: Kind) -> tuple[str, ...]:

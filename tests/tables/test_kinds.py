@@ -18,7 +18,8 @@ from madewithml.schemas import TrainResults
 from madewithml.tables import read_table_file
 from madewithml.train import train_model
 from madewithml.utils import temporary_env, temporary_storage
-from tests.tables.kinds import FORMATS, KINDS, Kind, formats_of, some_formats_of, write_kind
+from tests.tables.kinds import (
+    FORMATS, KINDS, WITHOUT_HEADER, Kind, formats_of, some_formats_of, write_kind)
 
 COLUMNS = {"MADEWITHML_TEXT_COLUMNS": "text", "MADEWITHML_LABEL_COLUMN": "label"}
 ACCEPTED = [name for name, kind in KINDS.items() if not kind.refused]
@@ -76,7 +77,10 @@ def test_refused_with_one_line(name: str, tmp_path: Path) -> None:
     for file_format in some_formats_of(kind):
         with pytest.raises(UserError) as raised:
             read_training_table(write_kind(kind, file_format, tmp_path))
-        assert kind.refused in str(raised.value) and "\n" not in str(raised.value)
+        reason = kind.refused
+        if kind.refused_row is not None:
+            reason += str(kind.refused_row + (1 if file_format in WITHOUT_HEADER else 2))
+        assert reason in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.fixture(scope="module")
