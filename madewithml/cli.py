@@ -187,14 +187,17 @@ def _with_embedded_tables(run: RunOptions) -> RunOptions:
 # %% ../nbs/90_cli.ipynb #95908538
 def _promote_command(folder: Path) -> str:
     "The command that promotes the model of a run; empty if none was registered."
-    if not (folder / "register.json").exists(): return ""
-    name, loc = (json.loads((folder / f"{workload}.json").read_text(encoding="utf-8"))[field]
-                 for workload, field in (("register", "model_name"), ("evaluate", "dataset_loc")))
+    from madewithml.report import get_results, load_results
+    from madewithml.schemas import EvaluateResults, RegisterResults
+    results = load_results(folder)
+    model = get_results(results, RegisterResults)
+    evaluation = get_results(results, EvaluateResults)
+    if model is None or evaluation is None: return ""
     command = "madewithml promote"
-    if name != get_settings().registry_name:
-        command += f" --model-name {shlex.quote(name)}"
-    if Path(loc) != bundled_dir("datasets") / "holdout.csv":
-        command += f" --dataset-loc {shlex.quote(loc)}"
+    if model.model_name != get_settings().registry_name:
+        command += f" --model-name {shlex.quote(model.model_name)}"
+    if Path(evaluation.dataset_loc) != bundled_dir("datasets") / "holdout.csv":
+        command += f" --dataset-loc {shlex.quote(evaluation.dataset_loc)}"
     return command
 
 def _show_report(report: Path) -> None:
@@ -229,13 +232,17 @@ def run(
     """
     # An invalid table is reported before torch and Ray are imported.
     from madewithml.data import check_known_labels, read_labeled_table, read_training_table
-    if dataset_loc is None:
+    is_embedded = dataset_loc is None
+    if is_embedded:
         dataset_loc = str(bundled_dir("datasets") / "dataset.csv")
+    holdout_loc = run_options.holdout_loc
+    if not is_embedded or holdout_loc is not None:
+        rows, _ = read_training_table(dataset_loc)
+    if holdout_loc is not None:
+        holdout = read_labeled_table(holdout_loc, min_labels=1)
+        check_known_labels(holdout, rows, holdout_loc)
+    if is_embedded:
         run_options = _with_embedded_tables(run_options)
-    rows, _ = read_training_table(dataset_loc)
-    if run_options.holdout_loc is not None:
-        holdout = read_labeled_table(run_options.holdout_loc, min_labels=1)
-        check_known_labels(holdout, rows, run_options.holdout_loc)
     from madewithml.pipeline import run_pipeline
     _show_report(run_pipeline(dataset_loc, train_options, run_options))
 
