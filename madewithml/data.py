@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np, pandas as pd, pyarrow as pa
 
+from .columns import UNSPACED
 from .config import UserError, get_settings
 from .schemas import Repair
 from .tables import TableReader, infer_numbers, open_table, text_column
@@ -192,8 +193,7 @@ def clean_text(
     return text
 
 # %% ../nbs/10_data.ipynb #5bced0c5
-_UNSPACED = "\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+_WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 
 def count_words(
     text:str, # of any language
