@@ -10,7 +10,7 @@ __all__ = ['SLICES', 'classification_metrics', 'per_class_metrics', 'weighted_f1
            'require_behavior']
 
 # %% ../nbs/30_evaluate.ipynb #10d43536
-import json, re
+import ast, json, re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -346,10 +346,8 @@ def baseline_f1(
 def _read_training_rows(run_id: str, train_loc: str|Path) -> pd.DataFrame:
     "The rows that the run trained and validated on: the repaired table, or its sample."
     params = get_run(run_id).data.params
-    num_samples = params.get("num_samples", "None")
-    return stratified_sample(read_training_table(train_loc)[0],
-                             None if num_samples == "None" else int(num_samples),
-                             int(params["seed"]))
+    rows, _ = read_training_table(train_loc)
+    return stratified_sample(rows, ast.literal_eval(params["num_samples"]), int(params["seed"]))
 
 # %% ../nbs/30_evaluate.ipynb #470cd67a
 def _overall_metrics(ids: np.ndarray, probabilities: np.ndarray,
@@ -424,8 +422,7 @@ def evaluate_model(
     parts = evaluate_predictions(rows, proba(build_texts(rows)), names,
                                  general_slices(tokenizer) | own_slices)
     if train_loc is not None:
-        parts["overall"].baseline_f1 = baseline_f1(
-            _read_training_rows(run_id, train_loc), rows)
+        parts["overall"].baseline_f1 = baseline_f1(_read_training_rows(run_id, train_loc), rows)
     cases = load_behavioral_tests(dataset_loc, behavior_loc)
     return EvaluateResults(
         run_id=run_id, dataset_loc=str(dataset_loc), dataset_digest=table_hash(dataset_loc),

@@ -124,7 +124,7 @@ def _slices(results: EvaluateResults, previous: _Groups, previous_name: str) -> 
                 for name, now in results.slices.items()
                 if now.num_samples and name in _SLICE_MEANINGS]
     table = _group_table("slice", results.slices, previous, previous_name)
-    return f"{table}\n\n{'; '.join(meanings)}.".removesuffix("\n\n.")
+    return f"{table}\n\n{'; '.join(meanings)}." if meanings else table
 
 # %% ../nbs/70_report.ipynb #96616ec1
 def _failed_tests(results: EvaluateResults) -> str:
