@@ -2,6 +2,7 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'madewithml'},
   'syms': { 'madewithml.cli': { 'madewithml.cli._build_options': ('cli.html#_build_options', 'madewithml/cli.py'),
+                                'madewithml.cli._check_tables': ('cli.html#_check_tables', 'madewithml/cli.py'),
                                 'madewithml.cli._field_option': ('cli.html#_field_option', 'madewithml/cli.py'),
                                 'madewithml.cli._model_run_id': ('cli.html#_model_run_id', 'madewithml/cli.py'),
                                 'madewithml.cli._option': ('cli.html#_option', 'madewithml/cli.py'),

@@ -216,6 +216,14 @@ def _show_report(report: Path) -> None:
         typer.echo(f"Next: {command}")
 
 # %% ../nbs/90_cli.ipynb #54941641
+def _check_tables(dataset_loc: str, holdout_loc: str|None) -> None:
+    "Raises: UserError for an invalid table, before torch and Ray are imported."
+    from madewithml.data import check_known_labels, read_labeled_table, read_training_table
+    rows, _ = read_training_table(dataset_loc)
+    if holdout_loc is not None:
+        holdout = read_labeled_table(holdout_loc, min_labels=1)
+        check_known_labels(holdout, rows, holdout_loc)
+
 @app.command()
 @column_options()
 @options_from_fields
@@ -230,18 +238,11 @@ def run(
 
     Validate, train, evaluate, predict and register, each as an executed notebook.
     """
-    # An invalid table is reported before torch and Ray are imported.
-    from madewithml.data import check_known_labels, read_labeled_table, read_training_table
-    is_embedded = dataset_loc is None
-    if is_embedded:
-        dataset_loc = str(bundled_dir("datasets") / "dataset.csv")
-    holdout_loc = run_options.holdout_loc
-    if not is_embedded or holdout_loc is not None:
-        rows, _ = read_training_table(dataset_loc)
-    if holdout_loc is not None:
-        holdout = read_labeled_table(holdout_loc, min_labels=1)
-        check_known_labels(holdout, rows, holdout_loc)
-    if is_embedded:
+    embedded = str(bundled_dir("datasets") / "dataset.csv")
+    if (dataset_loc, run_options.holdout_loc) != (None, None):
+        _check_tables(embedded if dataset_loc is None else dataset_loc, run_options.holdout_loc)
+    if dataset_loc is None:
+        dataset_loc = embedded
         run_options = _with_embedded_tables(run_options)
     from madewithml.pipeline import run_pipeline
     _show_report(run_pipeline(dataset_loc, train_options, run_options))
