@@ -8,13 +8,16 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from madewithml.tables import read_table_file, write_csv  # noqa: E402
+from madewithml.data import build_texts, read_table, table_texts  # noqa: E402
+from madewithml.tables import (  # noqa: E402
+    open_table, open_table_writer, read_table_file, text_column, write_csv)
 
 pytestmark = pytest.mark.fuzz
 EXAMPLES = int(os.environ.get("MADEWITHML_FUZZ_EXAMPLES", "5000"))
@@ -55,3 +58,57 @@ def test_own_files(rows: list[tuple[str, str, str]]) -> None:
         frame.to_json(folder / "table.jsonl", orient="records", lines=True)
         for path in folder.iterdir():
             assert read_table_file(path).to_pylist() == as_rows(rows), path.suffix
+
+
+COLUMN_TYPES: dict[pa.DataType, st.SearchStrategy] = {
+    pa.string(): CELLS,
+    pa.int64(): st.integers(-2**63, 2**63 - 1),
+    pa.float64(): st.floats(allow_nan=False, allow_infinity=False),
+    pa.bool_(): st.booleans(),
+    pa.date32(): st.dates(),
+}
+
+
+@st.composite
+def typed_tables(draw: st.DrawFn) -> pa.Table:
+    """A table of 2 to 8 columns, with gaps, of up to 3,000 rows."""
+    num_rows = draw(st.one_of(st.integers(1, 20), st.integers(21, 3000)))
+    columns = {}
+    for i in range(draw(st.integers(2, 8))):
+        column_type = draw(st.sampled_from(list(COLUMN_TYPES)))
+        values = draw(st.lists(st.none() | COLUMN_TYPES[column_type], min_size=1, max_size=20))
+        repeated = values * (num_rows // len(values) + 1)
+        columns[f"column {i}"] = pa.array(repeated[:num_rows], column_type)
+    return pa.table(columns)
+
+
+def as_texts(table: pa.Table) -> dict[str, list[str | None]]:
+    return {name: text_column(table, name).to_pylist() for name in table.column_names}
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(typed_tables())
+def test_typed_columns(table: pa.Table) -> None:
+    """Parquet and JSON lines keep every value, CSV its text; every reader gives the same."""
+    expected = as_texts(table)
+    text_columns = ("column 0", "column 1")
+    texts = table_texts(table, columns=text_columns)
+    with tempfile.TemporaryDirectory() as name:
+        for suffix in ("parquet", "jsonl", "csv"):
+            path = Path(name) / f"table.{suffix}"
+            with open_table_writer(path, table.schema) as writer:  # as predictions are written
+                writer.write_table(table)
+            reader = open_table(path)
+            streamed = pa.Table.from_batches(reader.batches(), reader.schema)  # as predicted
+            assert streamed.equals(reader.read())
+            if suffix == "parquet":
+                assert streamed.equals(table)
+            if suffix == "csv":  # it has no gaps, and no text but that written
+                assert streamed.num_rows == table.num_rows
+            else:
+                assert as_texts(streamed) == expected, suffix
+            rows = read_table(path, text_columns)  # as validated and trained on
+            assert build_texts(rows, columns=text_columns) == table_texts(
+                streamed, columns=text_columns)
+            if suffix != "csv":
+                assert build_texts(rows, columns=text_columns) == texts, suffix
