@@ -61,7 +61,7 @@ test-fuzz: $(STAMP)-dev $(STAMP)-load ## random tables in several formats: each 
 test-tables: $(STAMP)-dev ## tables of every kind, trained, evaluated and predicted in every format; an hour
 	@$(BIN)/python -m pytest -m tables
 
-test-load: $(STAMP)-dev $(STAMP)-load ## the service under load, killed and overloaded; three quarters of an hour, on a machine that does nothing else
+test-load: $(STAMP)-dev $(STAMP)-load ## the service under load, killed and overloaded; an hour and a quarter, on a machine that does nothing else
 	@$(BIN)/python -m pytest -s -m load
 
 serve: $(STAMP) ## serve the champion on port 8000 until Ctrl-C (after `make run` and `madewithml promote`)

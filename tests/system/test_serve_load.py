@@ -223,6 +223,15 @@ def find_victims(served: Served, name: str, title: str) -> list[psutil.Process]:
     return [process for process in processes if find_listening_ports(process) & set(ports[name])]
 
 
+def find_victim(served: Served, name: str, title: str) -> psutil.Process:
+    """One to kill; Ray may be replacing the only one at the moment."""
+    end = time.monotonic() + 30
+    while not (victims := find_victims(served, name, title)):
+        assert time.monotonic() < end, f"no {name} for 30 s"
+        time.sleep(0.2)
+    return victims[0]
+
+
 def find_listening_ports(process: psutil.Process) -> set[int]:
     """Its TCP ports; none of a process that has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -252,7 +261,7 @@ def test_killed_processes(ready: Run) -> None:
     with serving(ready, "--replicas", "2") as served:
         for name, title, count in KILLS * 5:
             def kill(name: str = name, title: str = title, count: int = count) -> None:
-                victim = find_victims(served, name, title)[0]
+                victim = find_victim(served, name, title)
                 start = time.monotonic()
                 victim.send_signal(signal.SIGKILL)
                 if name == "replica":
