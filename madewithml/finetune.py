@@ -66,8 +66,10 @@ def _ridge(inputs: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndar
     target_mean = targets.mean(0)
     centered = inputs - input_mean
     scatter = centered.T @ centered
-    penalty = np.eye(len(scatter)) * np.trace(scatter) / len(scatter)
-    weight = np.linalg.solve(scatter + penalty, centered.T @ (targets - target_mean))
+    # Texts may all be the same to the tokenizer, such as emoji: then nothing varies.
+    penalty = max(np.trace(scatter) / len(scatter), np.finfo(np.float32).eps)
+    weight = np.linalg.solve(scatter + penalty * np.eye(len(scatter)),
+                             centered.T @ (targets - target_mean))
     return weight, target_mean - input_mean @ weight
 
 # %% ../nbs/21_finetune.ipynb #066c3b30
