@@ -76,6 +76,9 @@ def prepare_datasets(
         ids = part[label_column].map(label2id).to_numpy()
         splits.append(tokenize(build_texts(part), tokenizer, options.max_length, ids))
     train, val = splits
+    if not len(val):
+        get_logger().warning(f"{job.dataset_loc}: too few rows for a validation set; the metrics "
+                             "of the epochs are those of the training rows.")
     return train, val, label2id
 
 # %% ../nbs/24_train.ipynb #0c0a49ef
