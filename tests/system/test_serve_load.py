@@ -223,15 +223,6 @@ def find_victims(served: Served, name: str, title: str) -> list[psutil.Process]:
     return [process for process in processes if find_listening_ports(process) & set(ports[name])]
 
 
-def find_victim(served: Served, name: str, title: str) -> psutil.Process:
-    """One to kill; Ray may be replacing the only one at the moment."""
-    end = time.monotonic() + 30
-    while not (victims := find_victims(served, name, title)):
-        assert time.monotonic() < end, f"no {name} for 30 s"
-        time.sleep(0.2)
-    return victims[0]
-
-
 def find_listening_ports(process: psutil.Process) -> set[int]:
     """Its TCP ports; none of a process that has ended."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -241,14 +232,14 @@ def find_listening_ports(process: psutil.Process) -> set[int]:
 
 
 def wait_until_complete(served: Served, name: str, title: str, count: int,
-                        killed: psutil.Process | None = None) -> None:
-    """Waits until there are `count` processes without the killed one, for up to 90 s: Ray replaces
+                        killed: psutil.Process | None = None) -> list[psutil.Process]:
+    """The processes without the killed one, once there are `count`, or after 90 s: Ray replaces
     the proxy's manager half a minute after the proxy's death."""
     end = time.monotonic() + 90
-    while time.monotonic() < end:
+    while True:
         running = [process for process in find_victims(served, name, title) if process != killed]
-        if len(running) >= count:
-            return
+        if len(running) >= count or time.monotonic() > end:
+            return running
         time.sleep(0.5)
 
 
@@ -261,7 +252,7 @@ def test_killed_processes(ready: Run) -> None:
     with serving(ready, "--replicas", "2") as served:
         for name, title, count in KILLS * 5:
             def kill(name: str = name, title: str = title, count: int = count) -> None:
-                victim = find_victim(served, name, title)
+                victim = wait_until_complete(served, name, title, count)[0]
                 start = time.monotonic()
                 victim.send_signal(signal.SIGKILL)
                 if name == "replica":
