@@ -86,13 +86,17 @@ def as_texts(table: pa.Table) -> dict[str, list[str | None]]:
     return {name: text_column(table, name).to_pylist() for name in table.column_names}
 
 
+def written_texts(table: pa.Table, source: pa.Table) -> list[list[str]]:
+    """The columns that are text in the source, a gap as empty text."""
+    return [[value or "" for value in text_column(table, column.name).to_pylist()]
+            for column in source.schema if column.type == pa.string()]
+
+
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(typed_tables())
 def test_typed_columns(table: pa.Table) -> None:
-    """Parquet and JSON lines keep every value, CSV its text; every reader gives the same."""
-    expected = as_texts(table)
+    """Parquet and JSON lines keep every value, CSV every text; every reader gives the same."""
     text_columns = ("column 0", "column 1")
-    texts = table_texts(table, columns=text_columns)
     with tempfile.TemporaryDirectory() as name:
         for suffix in ("parquet", "jsonl", "csv"):
             path = Path(name) / f"table.{suffix}"
@@ -101,14 +105,12 @@ def test_typed_columns(table: pa.Table) -> None:
             reader = open_table(path)
             streamed = pa.Table.from_batches(reader.batches(), reader.schema)  # as predicted
             assert streamed.equals(reader.read())
-            if suffix == "parquet":
-                assert streamed.equals(table)
-            if suffix == "csv":  # it has no gaps, and no text but that written
-                assert streamed.num_rows == table.num_rows
-            else:
-                assert as_texts(streamed) == expected, suffix
             rows = read_table(path, text_columns)  # as validated and trained on
-            assert build_texts(rows, columns=text_columns) == table_texts(
-                streamed, columns=text_columns)
-            if suffix != "csv":
-                assert build_texts(rows, columns=text_columns) == texts, suffix
+            texts = build_texts(rows, columns=text_columns)
+            assert texts == table_texts(streamed, columns=text_columns)
+            if suffix == "csv":  # it has no gaps, and writes numbers and dates in its own way
+                assert written_texts(streamed, table) == written_texts(table, table)
+                continue
+            assert as_texts(streamed) == as_texts(table), suffix
+            assert texts == table_texts(table, columns=text_columns), suffix
+            assert suffix != "parquet" or streamed.equals(table)
