@@ -353,12 +353,13 @@ def _combine(epoch: int, results: list[dict[str, Any]], validation: dict) -> Epo
 def train_epochs(
     trainer:FineTuner, # the training in progress
     train:RaggedTokens, # training rows
-    val:RaggedTokens, # validation rows
+    val:RaggedTokens, # validation rows; if there are none, the training rows are used
     history:list[EpochMetrics]|None=None, # epochs already done; None: a new training
     on_step:Callable[[int, int, int], None]=lambda epoch, step, steps: None, # after each step
 ) -> Iterator[EpochMetrics]:
     "Trains until `num_epochs` or `patience` ends it; yields the metrics of each new epoch."
     config = trainer.config
+    val = val if len(val) else train
     history = list(history or [])
     while len(history) < config.num_epochs and not should_stop(history, config.patience):
         epoch = len(history) + 1

@@ -171,8 +171,6 @@ def train_loop_per_worker(
     torch.set_num_threads(options.cpu_per_worker)
     set_seed(options.seed)
     train, val = ray.get([loop["train"], loop["val"]])
-    if not len(val):  # the split leaves each label a row to train on
-        val = train
     tokenizer = load_tokenizer(options.encoder)
     is_first = ray.train.get_context().get_world_rank() == 0
     progress = ProgressReporter(loop["events"] if is_first else None)
