@@ -399,10 +399,10 @@ def predict(
     if (title is None) == (dataset_loc is None):
         raise UserError("Give either --title (and --description) or --dataset-loc with --output.")
     if dataset_loc is None:
-        from madewithml.predict import Predictor
+        from madewithml.engine import Engine
         from madewithml.tracking import fetch_checkpoint
         item = dict(zip(get_settings().text_columns, (title, description), strict=False))
-        predictions = Predictor(fetch_checkpoint(run_id)).predict([item], threshold)
+        predictions = Engine(fetch_checkpoint(run_id)).predict([item], threshold)
         typer.echo(json.dumps(predictions, indent=2, ensure_ascii=False))
         return
     if output is None: raise UserError("--dataset-loc needs --output, the table to write.")

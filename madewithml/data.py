@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STOPWORDS', 'open_checked_table', 'row_number', 'read_table', 'normalize_label', 'read_with_labels',
-           'read_labeled_table', 'as_user_errors', 'stream_table', 'clean_text', 'count_words', 'check_known_labels',
-           'join_text', 'build_texts', 'table_texts', 'repair_rows', 'read_training_table', 'normalized_key',
-           'stratified_split', 'stratified_sample', 'build_label2id', 'RaggedTokens', 'tokenize',
-           'length_grouped_batches', 'shard_batches', 'pad_sequences', 'collate']
+           'read_labeled_table', 'as_user_errors', 'clean_text', 'count_words', 'check_known_labels', 'join_text',
+           'build_texts', 'table_texts', 'repair_rows', 'read_training_table', 'normalized_key', 'stratified_split',
+           'stratified_sample', 'build_label2id', 'RaggedTokens', 'tokenize', 'length_grouped_batches', 'shard_batches',
+           'pad_sequences', 'collate']
 
 # %% ../nbs/10_data.ipynb #6cf46005
 import re, unicodedata
@@ -153,22 +153,6 @@ def as_user_errors() -> Iterator[None]:
             cause = cause.cause
         if isinstance(cause, UserError): raise UserError(str(cause)) from None
         raise
-
-# %% ../nbs/10_data.ipynb #9497b56e
-def stream_table(
-    reader:TableReader, # of the table
-) -> Any:
-    "A lazy `ray.data.Dataset` in the order of the rows."
-    from madewithml.ray_session import ray  # quiet from its first import
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-
-    def read_batches(_: pa.Table) -> Iterator[pa.Table]:
-        for batch in reader.batches():
-            yield pa.Table.from_batches([batch])
-
-    source = ray.data.from_items([0], override_num_blocks=1)
-    return source.map_batches(read_batches, batch_format="pyarrow", batch_size=None, num_cpus=0.1)
 
 # %% ../nbs/10_data.ipynb #c1011424
 _LINK = re.compile(r"(?:https?://|www\.)([\w.-]+)[^\s)>\]]*")

@@ -24,15 +24,14 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from sklearn.pipeline import Pipeline, make_pipeline
-from tokenizers import Encoding
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Encoding, Tokenizer
 
 from .columns import behavior_columns
 from .config import CheckFailed, UserError, get_settings, read_yaml
 from .data import (
     build_texts, count_words, read_labeled_table, read_table, read_training_table, row_number,
     stratified_sample)
-from .models import class_names, load_classifier, predict_proba
+from .engine import Engine
 from .schemas import (
     BehavioralTestResult, CalibrationBin, ClassificationMetrics, EvaluateResults,
     Misclassification, OverallMetrics)
@@ -154,20 +153,22 @@ def _has_known_word(text: str, encoding: Encoding, unknown_id: int|None) -> bool
 
 def lacks_known_word(
     rows:pd.DataFrame, # with the column `text`
-    tokenizer:PreTrainedTokenizerFast, # of the encoder
+    tokenizer:Tokenizer, # of the encoder
+    unknown_id:int|None, # token id of a word that the vocabulary lacks
 ) -> pd.Series:
     "Rows of whose words the tokenizer's vocabulary has none as a whole."
     texts = rows["text"].tolist()
-    encodings = tokenizer(texts, truncation=True, add_special_tokens=False).encodings
-    unknown_id = tokenizer.unk_token_id
+    encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
     return pd.Series([not _has_known_word(text, encoding, unknown_id)
                       for text, encoding in zip(texts, encodings, strict=True)], index=rows.index)
 
 def general_slices(
-    tokenizer:PreTrainedTokenizerFast, # of the encoder
+    tokenizer:Tokenizer, # of the encoder
+    unknown_id:int|None, # see `lacks_known_word`
 ) -> dict[str, str | Callable[[pd.DataFrame], pd.Series]]:
     "The slices of any table."
-    return SLICES | {"no_known_word": partial(lacks_known_word, tokenizer=tokenizer)}
+    no_known_word = partial(lacks_known_word, tokenizer=tokenizer, unknown_id=unknown_id)
+    return SLICES | {"no_known_word": no_known_word}
 
 _GENERAL = {*SLICES, "no_known_word"}
 
@@ -412,21 +413,17 @@ def evaluate_model(
 ) -> EvaluateResults:
     "Evaluates a run's classifier on a table. Raises: UserError."
     rows = read_labeled_table(dataset_loc, min_labels=1)
-    model, tokenizer = load_classifier(fetch_checkpoint(run_id))
-    names = class_names(model)
-
-    def proba(texts: list[str]) -> np.ndarray:
-        return predict_proba(model, tokenizer, texts, precision)
-
+    engine = Engine(fetch_checkpoint(run_id), precision)
     own_slices = load_slices(dataset_loc) if slices is None else dict(slices)
-    parts = evaluate_predictions(rows, proba(build_texts(rows)), names,
-                                 general_slices(tokenizer) | own_slices)
+    general = general_slices(engine.tokenizer, engine.facts.unknown_id)
+    parts = evaluate_predictions(
+        rows, engine.predict_proba(build_texts(rows)), engine.labels, general | own_slices)
     if train_loc is not None:
         parts["overall"].baseline_f1 = baseline_f1(_read_training_rows(run_id, train_loc), rows)
     cases = load_behavioral_tests(dataset_loc, behavior_loc)
     return EvaluateResults(
         run_id=run_id, dataset_loc=str(dataset_loc), dataset_digest=table_hash(dataset_loc),
-        behavior=run_behavioral_tests(cases, proba, names), **parts)
+        behavior=run_behavioral_tests(cases, engine.predict_proba, engine.labels), **parts)
 
 # %% ../nbs/30_evaluate.ipynb #0ad92efe
 def require_behavior(

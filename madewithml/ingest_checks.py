@@ -24,8 +24,8 @@ from .data import (
 from .data_validation import (add_measured_columns, id_and_timestamp_expectations,
                                         label_expectations, results_by_name, run_expectations,
                                         table_expectations, text_expectations, to_expectation)
+from .engine import Engine
 from .ingest import NewTable
-from .predict import Predictor
 from .registry import get_aliases, resolve_alias
 from .schemas import ExpectationResult, IngestResult, read_results, write_results
 from .tables import table_hash, write_csv
@@ -56,11 +56,11 @@ def champion_predictor(
     "A function that predicts labels with the champion; None if there is no champion."
     if "champion" not in get_aliases(model_name): return None
     _, run_id = resolve_alias("champion", model_name)
-    predictor = Predictor(fetch_checkpoint(run_id))
+    engine = Engine(fetch_checkpoint(run_id))
 
     def predict(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-        probabilities = predictor.predict_proba(build_texts(rows))
-        return np.array(predictor.labels)[probabilities.argmax(1)], probabilities.max(1)
+        probabilities = engine.predict_proba(build_texts(rows))
+        return np.array(engine.labels)[probabilities.argmax(1)], probabilities.max(1)
     return predict
 
 # %% ../nbs/64_ingest_checks.ipynb #cb327068

@@ -11,13 +11,12 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from mlflow.exceptions import MlflowException
 
 from .config import ServeConfig, UserError
 from .engine import Engine
 from .middleware import ServiceMetrics
-from .predict import format_predictions
+from .probabilities import format_predictions
 from .registry import get_aliases, resolve_alias
 from .tracking import fetch_checkpoint
 from .utils import content_hash, get_logger, lower_thread_priority
@@ -48,8 +47,10 @@ class ModelWatcher:
                                 initargs=(self.niceness,)) as low_priority_pool:
             future = low_priority_pool.submit(
                 Engine, fetch_checkpoint(run_id), self.config.precision, self.config.runtime,
-                version, run_id, self.config.threads)
-            return future.result()
+                version, run_id, self.config.threads, sealed=True)
+            engine = future.result()
+            low_priority_pool.submit(engine.warm_up).result()
+            return engine
 
     def refresh(self) -> None:
         "Switches to the alias's version. Raises: UserError if there is none, or if it is corrupt."
@@ -127,7 +128,6 @@ class ShadowChallenger:
     def _run(self) -> None:
         "Answers the queue, up to eight texts at a time."
         lower_thread_priority()
-        torch.set_num_threads(1)
         while self._has_work.wait():
             self._has_work.clear()
             while self.queue:
@@ -140,7 +140,7 @@ class ShadowChallenger:
         if engine is None: return
         ids = [engine.encode(text) for text, _, _ in requests]
         answers = format_predictions(
-            engine.predict_proba(ids), engine.labels, engine.fallback_label)
+            engine.infer(ids), engine.labels, engine.fallback_label)
         for (text, expected, version), answer in zip(requests, answers, strict=True):
             predicted = answer["prediction"]
             self.metrics.shadow.labels("yes" if predicted == expected else "no").inc()

@@ -30,7 +30,7 @@ from .drift_reference import (UNKNOWN_LANGUAGE, Reference, RowFeatures,
                                         document_frequency, extract_features,
                                         get_or_create_reference)
 from .evaluate import bootstrap_f1_interval, classification_metrics
-from .predict import labels_with_fallback
+from .probabilities import labels_with_fallback
 from .prediction_log import SCHEMA
 from .registry import resolve_alias
 from .schemas import (MIN_WINDOW_ROWS, BinnedDistribution, DriftedExample,

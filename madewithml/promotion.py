@@ -14,10 +14,10 @@ import numpy as np, pandas as pd
 
 from .config import UserError, bundled_dir, get_settings, load_promotion_policy
 from .data import build_texts, read_labeled_table
+from .engine import Engine
 from .evaluate import (evaluate_predictions, general_slices, load_behavioral_tests,
     load_slices, run_behavioral_tests, weighted_f1)
 from .gate import evaluate_gate
-from .predict import Predictor
 from .registry import alias_lock, get_aliases, promote_challenger, resolve_alias
 from .schemas import CandidateMetrics, PolicyCheck, PromoteResults
 from .tables import open_table, table_hash
@@ -62,19 +62,19 @@ def paired_f1_difference(
 
 # %% ../nbs/42_promotion.ipynb #be2156c2
 def measure_latency(
-    predictors:list[Predictor], # models to time in turn
+    engines:list[Engine], # models to time in turn
     texts:list[str], # predicted one at a time
     rounds:int=3, # of which the fastest counts, for each text
 ) -> list[tuple[float, float]]:
     "Median and 99th percentile of the time of one text in ms, for each model."
-    times = np.zeros((rounds, len(texts), len(predictors)))
-    for predictor in predictors:
-        predictor.predict_proba(texts[:8])  # warm-up
+    times = np.zeros((rounds, len(texts), len(engines)))
+    for engine in engines:
+        engine.predict_proba(texts[:8])  # warm-up
     for i in range(rounds):
         for j, text in enumerate(texts):
-            for k, predictor in enumerate(predictors):
+            for k, engine in enumerate(engines):
                 start = time.perf_counter()
-                predictor.predict_proba([text])
+                engine.predict_proba([text])
                 times[i, j, k] = time.perf_counter() - start
     p50, p99 = np.quantile(times.min(axis=0), [0.5, 0.99], axis=0) * 1000
     return list(zip(p50.tolist(), p99.tolist(), strict=True))
@@ -87,17 +87,17 @@ def _add_new_labels(proba: np.ndarray, names: list[str], rows: pd.DataFrame
     return np.hstack([proba, np.zeros((len(rows), len(new)))]), [*names, *new]
 
 # %% ../nbs/42_promotion.ipynb #70968587
-def _evaluate_predictor(predictor: Predictor, rows: pd.DataFrame, tests: pd.DataFrame,
+def _evaluate_engine(engine: Engine, rows: pd.DataFrame, tests: pd.DataFrame,
                         slices: Mapping[str, str], is_champion: bool) -> tuple[dict, np.ndarray]:
     "The evaluation's part of `CandidateMetrics`, and the predicted label of each row."
-    proba = predictor.predict_proba(build_texts(rows))
-    names = predictor.labels
+    proba = engine.predict_proba(build_texts(rows))
+    names = engine.labels
     if is_champion:
         proba, names = _add_new_labels(proba, names, rows)
-    evaluation = evaluate_predictions(
-        rows, proba, names, general_slices(predictor.tokenizer) | dict(slices))
+    general = general_slices(engine.tokenizer, engine.facts.unknown_id)
+    evaluation = evaluate_predictions(rows, proba, names, general | dict(slices))
     metrics = {name: evaluation[name] for name in ("overall", "per_class", "slices")}
-    metrics["behavior"] = run_behavioral_tests(tests, predictor.predict_proba, predictor.labels)
+    metrics["behavior"] = run_behavioral_tests(tests, engine.predict_proba, engine.labels)
     return metrics, np.array(names)[proba.argmax(1)]
 
 def evaluate_candidates(
@@ -108,12 +108,12 @@ def evaluate_candidates(
     precision:str="auto", # 'auto', 'bf16' or 'fp32'
 ) -> tuple[list[CandidateMetrics], list[np.ndarray]]:
     "Metrics and predicted labels of each version. Raises: UserError."
-    predictors = [Predictor(folder, precision) for _, _, folder in versions]
+    engines = [Engine(folder, precision) for _, _, folder in versions]
     texts = build_texts(rows)
-    latencies = measure_latency(predictors, texts[::max(1, len(texts) // 100)][:100])
+    latencies = measure_latency(engines, texts[::max(1, len(texts) // 100)][:100])
     candidates, predictions = [], []
     for i, (version, run_id, folder) in enumerate(versions):
-        metrics, predicted = _evaluate_predictor(predictors[i], rows, tests, slices, i > 0)
+        metrics, predicted = _evaluate_engine(engines[i], rows, tests, slices, i > 0)
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         p50, p99 = latencies[i]
         candidates.append(CandidateMetrics(version=version, run_id=run_id, p50_ms=p50, p99_ms=p99,

@@ -44,7 +44,7 @@ import ray
 from ray.data import DataContext
 
 from .config import UserError, get_settings
-from .utils import content_hash, temporary_env
+from .utils import PRIVATE_CLUSTER, content_hash, temporary_env
 
 # %% ../nbs/05_ray_session.ipynb #d7b88958
 # Variables of the driver that every worker, on any node, must have too.
@@ -60,12 +60,10 @@ def worker_env_vars() -> dict[str, str]:
     return variables
 
 # %% ../nbs/05_ray_session.ipynb #73c06b18
-_INHERITED_HASH = "MADEWITHML_WORKERS_HAVE"  # hash of the environment that the workers inherited
-
 def _runtime_env(address: str) -> dict|None:
     "Ray's `runtime_env` for the workers; None if they have the variables already."
     variables = worker_env_vars()
-    inherited = os.environ.get(_INHERITED_HASH) == content_hash(variables)
+    inherited = os.environ.get(PRIVATE_CLUSTER) == content_hash(variables)
     # Workers of a submitted job get the job's environment.
     if inherited or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ: return None
     if address not in ("local", "auto"):
@@ -95,7 +93,7 @@ def _silence_ray() -> None:
 def _private_cluster_env(fixed_address: bool) -> dict[str, str]:
     "Environment of a private cluster's processes."
     variables = worker_env_vars()
-    variables[_INHERITED_HASH] = content_hash(worker_env_vars())
+    variables[PRIVATE_CLUSTER] = content_hash(worker_env_vars())
     if fixed_address:
         # With several clusters on a machine, Ray Tune's clean-up process would pick the wrong one.
         port = str(find_free_ports(1)[0])

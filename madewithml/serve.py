@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 from .ray_session import ray_session
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -29,12 +29,11 @@ from .config import (ServeConfig, UserError, bundled_dir, format_validation_erro
                                get_settings, load_token)
 from .data import build_texts, join_text, read_labeled_table
 from .engine import Engine
-from .evaluate import evaluate_predictions
 from .haproxy import HAProxySupervisor
 from .middleware import LimitsMiddleware, RequestRejected, ServiceMetrics
 from .model_watcher import ModelWatcher, ShadowChallenger
-from .predict import format_predictions
 from .prediction_log import PredictionLog
+from .probabilities import format_predictions
 from .schemas import BaseResults
 from .tracking import get_run, provenance
 from .utils import get_logger, lower_thread_priority, temporary_env
@@ -48,7 +47,7 @@ def _infer_by_engine(texts: list[EncodedText]) -> list[np.ndarray]:
     results: list[Any] = [None] * len(texts)
     for engine in {id(engine): engine for engine, _ in texts}.values():
         positions = [i for i, (encoder, _) in enumerate(texts) if encoder is engine]
-        probabilities = engine.predict_proba([texts[i][1] for i in positions])
+        probabilities = engine.infer([texts[i][1] for i in positions])
         for i, row in zip(positions, probabilities, strict=True):
             results[i] = row
     return results
@@ -67,9 +66,9 @@ class _Batcher:
     def __init__(self, config: ServeConfig, metrics: ServiceMetrics, engine: Engine):
         self.max_queued = config.max_queued
         self.batch_size = metrics.batch_size
-        self.num_streams = engine.num_streams
-        self.num_threads = engine.threads
-        self.pool = ThreadPoolExecutor(self.num_streams, "forward", self._prepare_thread)
+        self.num_streams = engine.runtime.num_streams
+        # The thread that reads requests has priority.
+        self.pool = ThreadPoolExecutor(self.num_streams, "forward", lower_thread_priority, (10,))
         self.queued = 0
         self._in_progress = 0
         self._batch_ended = asyncio.Event()
@@ -78,11 +77,6 @@ class _Batcher:
             decorate = serve.batch(max_batch_size=config.max_batch_size, batch_wait_timeout_s=0,
                                    max_concurrent_batches=self.num_streams + 1)
             self._infer_batched = decorate(self._infer)
-
-    def _prepare_thread(self) -> None:
-        "Gives the thread that reads requests priority, and PyTorch its share of the processors."
-        lower_thread_priority(10)
-        torch.set_num_threads(max(1, self.num_threads // self.num_streams))
 
     async def run(self, function, *args) -> Any:
         "Runs a function in a thread of the forward passes."
@@ -134,7 +128,7 @@ class _Recorder:
         if self.prediction_log:
             self.prediction_log.add(
                 text, version=engine.version, run_id=engine.run_id, num_tokens=len(ids),
-                unknown_tokens=ids.count(engine.unknown_id), prediction=prediction,
+                unknown_tokens=ids.count(engine.facts.unknown_id), prediction=prediction,
                 confidence=confidence, probabilities=answer["probabilities"])
         if self.shadow:
             self.shadow.add(text, prediction, engine.version)
@@ -218,8 +212,8 @@ def service_info(
         **model_info(engine),
         "alias": "" if service.config.run_id else service.config.alias,
         "labels": engine.labels,
-        "precision": engine.precision,
-        "runtime": engine.runtime,
+        "precision": engine.runtime.precision,
+        "runtime": engine.runtime.name,
         "trained_from_commit": tags.get("git_commit", "unknown"),
         **provenance(),
         "rejected": service.versions.rejected,
@@ -270,6 +264,7 @@ async def evaluate_table(
     name:str, # table in one of the allowed directories
 ) -> dict[str, Any]:
     "Metrics of the model on the table. Raises: RequestRejected, UserError."
+    from madewithml.evaluate import evaluate_predictions  # and scikit-learn: when it is asked for
     engine = service.engine
     rows = await asyncio.to_thread(load_allowed_table, name, service.config)
     texts = build_texts(rows)
@@ -277,7 +272,7 @@ async def evaluate_table(
     parts = []
     for begin in range(0, len(texts), size):  # in batches, so that predictions get their turn
         ids = [engine.encode(text) for text in texts[begin:begin + size]]
-        parts.append(await service.batcher.run(engine.predict_proba, ids))
+        parts.append(await service.batcher.run(engine.infer, ids))
     metrics = await asyncio.to_thread(
         evaluate_predictions, rows, np.concatenate(parts), engine.labels)
     return {"results": _evaluation_body(engine, metrics), **model_info(engine)}
@@ -448,7 +443,6 @@ def create_app(
 # %% ../nbs/56_serve.ipynb #85f4e094
 def _start_replica(config: ServeConfig) -> tuple[PredictionService, LimitsMiddleware]:
     "Service and application of a replica, created in its process."
-    torch.set_num_threads(1)  # for threads that load and poll
     sys.setswitchinterval(0.0005)  # s; a forward pass starts sooner than with Python's 5 ms
     service = PredictionService(config)
     return service, create_app(service)

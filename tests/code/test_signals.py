@@ -10,7 +10,7 @@ DROPPED_ENGINE = """
 import signal
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
-from madewithml.engine import compile_graph, export_graph
+from madewithml.graph import compile_graph, export_graph
 from madewithml.models import build_classifier
 
 model = build_classifier("embedded", {"a": 0, "b": 1}).eval().requires_grad_(False)

@@ -73,23 +73,28 @@ def main(folder: str = "", victim: str = "", point: str = "none:0", dataset: str
     """Trains, or predicts with `classifier`, and writes the results into the trial's folder."""
     driver = os.getpid()
     start = train.worker_entrypoint
-    predict_block = predict._BatchPredictor.__call__
+    predict_shard, commit = predict._ShardPredictor.predict, predict.ShardStore.commit
 
     def start_with_fault(loop: dict) -> None:
         inject_fault(folder, victim, point, driver)
         start(loop)
 
-    def predict_with_fault(self, table):
-        self.blocks = getattr(self, "blocks", 0) + 1
-        if point == f"block:{self.blocks}":
+    def predict_with_fault(self, number, rows):
+        self.shards = getattr(self, "shards", 0) + 1
+        if point == f"shard:{self.shards}":
             kill_once(folder, victim, driver)
-        return predict_block(self, table)
+        return predict_shard(self, number, rows)
+
+    def commit_with_fault(self, number, rows):
+        commit(self, number, rows)
+        if point == f"commit:{len(list(self.folder.glob('[0-9]*')))}":
+            kill_once(folder, victim, driver)
 
     if classifier:
         # In __main__, so that it is pickled by value.
-        faulty = {"__call__": predict_with_fault, "__module__": "__main__"}
-        actor = type("_BatchPredictor", (predict._BatchPredictor,), faulty)
-        predict._BatchPredictor = actor
+        faulty = {"predict": predict_with_fault, "__module__": "__main__"}
+        predict._ShardPredictor = type("_ShardPredictor", (predict._ShardPredictor,), faulty)
+        predict.ShardStore.commit = commit_with_fault
         results = predict.predict_table_from_dir(classifier, "faults", dataset, output)
     else:
         train.worker_entrypoint = start_with_fault

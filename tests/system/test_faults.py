@@ -236,8 +236,10 @@ def test_corrupt_checkpoint(
     assert_same(results, undisturbed)
 
 
-def test_prediction_worker_killed(cluster: Cluster, tmp_path: Path) -> None:
-    """Each of 100,000 rows is predicted once, in order."""
+@pytest.mark.parametrize("victim", ["worker", "driver"])
+@pytest.mark.parametrize("output", ["out.parquet", "out.parquet/"])
+def test_prediction_killed(victim: str, output: str, cluster: Cluster, tmp_path: Path) -> None:
+    """Each of 100,000 rows is predicted once, in order; a committed shard is not computed again."""
     cluster.drive(tmp_path, "--epochs", "1")
     client = mlflow_client(tmp_path)
     run_id = find_runs(client)[0].info.run_id
@@ -246,11 +248,16 @@ def test_prediction_worker_killed(cluster: Cluster, tmp_path: Path) -> None:
     table = pd.DataFrame({"id": ids, "title": [f"title {i}" for i in ids], "description": ""})
     table.to_parquet(tmp_path / "table.parquet", row_group_size=5000)
     (tmp_path / "results.json").unlink()
-    done = cluster.drive(
-        tmp_path, "--victim", "worker", "--point", "block:5", "--classifier", classifier,
-        "--output", str(tmp_path / "out.parquet"), "--dataset", str(tmp_path / "table.parquet"))
+    args = ("--classifier", classifier, "--output", f"{tmp_path}/{output}",
+            "--dataset", str(tmp_path / "table.parquet"))
+    point = "shard:3" if victim == "worker" else "commit:6"
+    done = cluster.drive(tmp_path, "--victim", victim, "--point", point, *args)
+    if victim == "driver":
+        assert done.returncode != 0 and not (tmp_path / "out.parquet").exists()
+        done = cluster.drive(tmp_path, *args)
+        assert "6 of 13 shards were predicted by an earlier attempt" in done.stderr
     finished = done.returncode == 0
-    TRIALS.append({"fault": "kill of a worker, batch prediction", "finished": finished,
+    TRIALS.append({"fault": f"kill of a {victim}, batch prediction", "finished": finished,
                    "repeated": 0, "rows_lost": 0, "metrics_lost": 0, "seconds": float("nan")})
     assert finished, done.stderr[-4000:]
     assert (tmp_path / "struck").is_file()

@@ -9,8 +9,8 @@ import pytest
 from madewithml.config import ServeConfig
 from madewithml.data import build_texts, read_table
 from madewithml.engine import Engine
-from madewithml.predict import labels_with_fallback
 from madewithml.prediction_log import PredictionLog
+from madewithml.probabilities import labels_with_fallback
 from madewithml.schemas import MonitorResults, read_results
 
 from ..conftest import ROOT, Run
@@ -35,11 +35,11 @@ def write_log(folder: Path, engine: Engine, texts: list[str], **options) -> Path
     """Predicts the texts and logs the predictions as the service does."""
     log = PredictionLog(ServeConfig(log_dir=str(folder), **options))
     ids = [engine.encode(text) for text in texts]
-    probabilities = engine.predict_proba(ids)
+    probabilities = engine.infer(ids)
     labels = labels_with_fallback(probabilities, engine.labels, engine.fallback_label)
     for text, tokens, row, label in zip(texts, ids, probabilities, labels, strict=True):
         assert log.add(text, version=1, run_id=engine.run_id, num_tokens=len(tokens),
-                       unknown_tokens=tokens.count(engine.unknown_id), prediction=label,
+                       unknown_tokens=tokens.count(engine.facts.unknown_id), prediction=label,
                        confidence=float(row.max()),
                        probabilities=dict(zip(engine.labels, map(float, row), strict=True)))
     log.close()
@@ -87,7 +87,7 @@ def test_new_topic(trained: Run, engine: Engine, tmp_path: Path) -> None:
 def test_missing_class_in_a_log_without_texts(trained: Run, engine: Engine,
                                               tmp_path: Path) -> None:
     texts = read_texts("unlabeled") + read_texts("holdout")
-    probabilities = engine.predict_proba([engine.encode(text) for text in texts])
+    probabilities = engine.predict_proba(texts)
     labels = labels_with_fallback(probabilities, engine.labels, engine.fallback_label)
     others = [text for text, label in zip(texts, labels, strict=True) if label != "mlops"]
     code, stderr, results = monitor(trained, write_log(tmp_path / "log", engine, others[:100]))

@@ -142,7 +142,7 @@ def test_all_stages(name: str, encoder: Path, tmp_path: Path) -> None:
         scores.add(evaluate_model(results.run_id, path, behavior_loc=None).overall.f1)
         if file_format in some_formats_of(kind):
             output = tmp_path / f"predictions-{FORMATS.index(file_format)}.{family(file_format)}"
-            predict_table(results.run_id, path, output, num_workers=1)
+            predict_table(results.run_id, path, output)
             predictions.add(tuple(check_predictions(path, output)))
     assert len(scores) == len(predictions) == 1
     assert set(predictions.pop()) <= set(results.labels)
