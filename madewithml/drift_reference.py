@@ -22,9 +22,9 @@ from pyarrow import parquet
 from .config import UserError, bundled_dir, get_settings
 from .data import (build_texts, read_labeled_table, read_training_table,
     stratified_sample, stratified_split, tokenize)
-from .models import (class_names, fallback_label, forward_batches, load_classifier,
-    model_max_length,
-                               softmax)
+from .models import (
+    class_names, fallback_label, forward_batches, load_classifier, model_max_length)
+from .probabilities import softmax
 from .tables import table_hash
 from .tracking import fetch_checkpoint, get_run, mlflow_client
 from .utils import get_logger
