@@ -401,7 +401,7 @@ def predict(
     if dataset_loc is None:
         from madewithml.engine import Engine
         from madewithml.tracking import fetch_checkpoint
-        item = dict(zip(get_settings().text_columns, (title, description), strict=False))
+        item = dict(zip(get_settings().text_columns, (title or "", description), strict=False))
         predictions = Engine(fetch_checkpoint(run_id)).predict([item], threshold)
         typer.echo(json.dumps(predictions, indent=2, ensure_ascii=False))
         return

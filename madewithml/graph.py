@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-sys.modules.setdefault("openvino_telemetry", None)  # without it OpenVINO sends no telemetry
+sys.modules.setdefault("openvino_telemetry", cast(Any, None))  # without it OpenVINO sends no telemetry
 import numpy as np, openvino
 from tokenizers import Tokenizer
 

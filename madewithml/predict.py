@@ -215,7 +215,7 @@ def _predict_on_cluster(folder: Path, shards: _Shards, precision: str, threshold
 def _joins_cluster() -> bool:
     "Whether Ray's processors are others than those of this process, as far as variables tell."
     is_private = PRIVATE_CLUSTER in os.environ
-    return os.environ.get("RAY_ADDRESS", "local") != "local" and not is_private
+    return (os.environ.get("RAY_ADDRESS") or "local") != "local" and not is_private
 
 # %% ../nbs/31_predict.ipynb #a5bca0cc
 def _open_for_prediction(dataset_loc: str|Path, output: str|Path) -> TableReader:
