@@ -9,6 +9,7 @@ __all__ = ['paired_f1_difference', 'measure_latency', 'evaluate_candidates', 'pr
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np, pandas as pd
 
@@ -17,11 +18,13 @@ from .data import build_texts, read_labeled_table
 from .evaluate import (evaluate_predictions, general_slices, load_behavioral_tests,
     load_slices, run_behavioral_tests, weighted_f1)
 from .gate import evaluate_gate
-from .predict import Predictor
 from .registry import alias_lock, get_aliases, promote_challenger, resolve_alias
 from .schemas import CandidateMetrics, PolicyCheck, PromoteResults
 from .tables import open_table, table_hash
 from .tracking import current_user, fetch_checkpoint, mlflow_client
+
+if TYPE_CHECKING:
+    from madewithml.predict import Predictor
 
 # %% ../nbs/42_promotion.ipynb #47768f5a
 _PRIOR_ROWS = 2.0
@@ -62,7 +65,7 @@ def paired_f1_difference(
 
 # %% ../nbs/42_promotion.ipynb #be2156c2
 def measure_latency(
-    predictors:list[Predictor], # models to time in turn
+    predictors:"list[Predictor]", # models to time in turn
     texts:list[str], # predicted one at a time
     rounds:int=3, # of which the fastest counts, for each text
 ) -> list[tuple[float, float]]:
@@ -87,7 +90,7 @@ def _add_new_labels(proba: np.ndarray, names: list[str], rows: pd.DataFrame
     return np.hstack([proba, np.zeros((len(rows), len(new)))]), [*names, *new]
 
 # %% ../nbs/42_promotion.ipynb #70968587
-def _evaluate_predictor(predictor: Predictor, rows: pd.DataFrame, tests: pd.DataFrame,
+def _evaluate_predictor(predictor: "Predictor", rows: pd.DataFrame, tests: pd.DataFrame,
                         slices: Mapping[str, str], is_champion: bool) -> tuple[dict, np.ndarray]:
     "The evaluation's part of `CandidateMetrics`, and the predicted label of each row."
     proba = predictor.predict_proba(build_texts(rows))
@@ -108,6 +111,7 @@ def evaluate_candidates(
     precision:str="auto", # 'auto', 'bf16' or 'fp32'
 ) -> tuple[list[CandidateMetrics], list[np.ndarray]]:
     "Metrics and predicted labels of each version. Raises: UserError."
+    from madewithml.predict import Predictor
     predictors = [Predictor(folder, precision) for _, _, folder in versions]
     texts = build_texts(rows)
     latencies = measure_latency(predictors, texts[::max(1, len(texts) // 100)][:100])
