@@ -20,7 +20,8 @@ from jupyter_client.provisioning import LocalProvisioner
 # %% ../nbs/71_kernels.ipynb #f8f44d77
 PRELOAD = ("madewithml.train", "madewithml.evaluate", "madewithml.predict",
            "madewithml.drift_reference", "madewithml.registry", "matplotlib.pyplot",
-           "sklearn.linear_model", "sklearn.feature_extraction.text", "mlflow.transformers",
+           "sklearn.linear_model", "sklearn.feature_extraction.text", "mlflow.pyfunc",
+           "mlflow.store.tracking.sqlalchemy_store", "mlflow.transformers",
            "transformers.models.bert.modeling_bert", "transformers.pipelines",
            "ipykernel.ipkernel")
 
