@@ -38,6 +38,7 @@ def _import_all(modules: tuple[str, ...]) -> dict[str, str]:
 # %% ../nbs/71_kernels.ipynb #a3d1cccf
 def _become_kernel(args: list[str], env: dict[str, str], cwd: str) -> None:
     "Runs a kernel in this process until it is shut down."
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setsid()  # out of reach of Ctrl-C, and a process group to signal
     os.environ.clear()
     os.environ.update(env)
@@ -58,6 +59,7 @@ def serve_kernels(
 ) -> None:
     "Forks kernels on request, until the other end of the pipe is closed."
     connection, imported, running = Connection(file_descriptor), _import_all(modules), set()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from now on the end of the pipe is the sign
     with suppress(EOFError, ConnectionError):
         while True:
             method, *args = connection.recv()
@@ -104,7 +106,7 @@ class KernelServer:
         return self.connection.recv()
 
     def close(self) -> None:
-        "Ends the server, also while it imports."
+        "Ends the server, also while it imports, and kernels that still run."
         self.connection.close()
         self.process.terminate()
         self.process.wait()
