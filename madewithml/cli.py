@@ -9,7 +9,7 @@ __all__ = ['app', 'cluster', 'options_from_fields', 'column_options', 'run', 'in
            'main']
 
 # %% ../nbs/90_cli.ipynb #31a30c0e
-import functools, inspect, json, shlex, sys
+import functools, gc, inspect, json, shlex, sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
@@ -715,6 +715,7 @@ def main(
     args:list[str]|None=None, # command line without the program's name; None: `sys.argv`
 ) -> None:
     "Runs a command and exits with its code."
+    gc.set_threshold(100_000)  # imports make much that stays: 700 would look through it often
     try:
         app(args, standalone_mode=True)
     except (UserError, CheckFailed) as error:

@@ -15,16 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_array
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-from sklearn.pipeline import Pipeline, make_pipeline
-from tokenizers import Encoding, Tokenizer
 
 from .columns import behavior_columns
 from .config import CheckFailed, UserError, get_settings, read_yaml
@@ -38,6 +33,11 @@ from .schemas import (
 from .tables import companion_file, table_hash
 from .tracking import fetch_checkpoint, get_run
 
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import Pipeline
+    from tokenizers import Encoding, Tokenizer
+
 # %% ../nbs/30_evaluate.ipynb #808716d9
 def classification_metrics(
     labels:np.ndarray, # true label of each row
@@ -46,6 +46,7 @@ def classification_metrics(
 ) -> ClassificationMetrics:
     "Precision, recall and F1 averaged over the classes; zeros where there are no rows."
     if not len(labels): return ClassificationMetrics(precision=0, recall=0, f1=0, num_samples=0)
+    from sklearn.metrics import precision_recall_fscore_support
     precision, recall, f1, _ = precision_recall_fscore_support(
         labels, predicted, average=average, zero_division=0)
     return ClassificationMetrics(precision=precision, recall=recall, f1=f1,
@@ -58,6 +59,7 @@ def per_class_metrics(
     names:list[str], # all classes, in order
 ) -> dict[str, ClassificationMetrics]:
     "Precision, recall, F1 and number of rows of each class."
+    from sklearn.metrics import precision_recall_fscore_support
     precision, recall, f1, support = precision_recall_fscore_support(
         labels, predicted, labels=names, average=None, zero_division=0)
     return {name: ClassificationMetrics(precision=precision[i], recall=recall[i], f1=f1[i],
@@ -144,7 +146,7 @@ SLICES: dict[str, str | Callable[[pd.DataFrame], pd.Series]] = {
 }
 
 # %% ../nbs/30_evaluate.ipynb #e9429acb
-def _has_known_word(text: str, encoding: Encoding, unknown_id: int|None) -> bool:
+def _has_known_word(text: str, encoding: "Encoding", unknown_id: int|None) -> bool:
     "Whether a word of letters is one token."
     pieces = Counter(encoding.word_ids)
     return any(pieces[word] == 1 and token != unknown_id and text[begin:end].strip().isalpha()
@@ -153,7 +155,7 @@ def _has_known_word(text: str, encoding: Encoding, unknown_id: int|None) -> bool
 
 def lacks_known_word(
     rows:pd.DataFrame, # with the column `text`
-    tokenizer:Tokenizer, # of the encoder
+    tokenizer:"Tokenizer", # of the encoder
     unknown_id:int|None, # token id of a word that the vocabulary lacks
 ) -> pd.Series:
     "Rows of whose words the tokenizer's vocabulary has none as a whole."
@@ -163,7 +165,7 @@ def lacks_known_word(
                       for text, encoding in zip(texts, encodings, strict=True)], index=rows.index)
 
 def general_slices(
-    tokenizer:Tokenizer, # of the encoder
+    tokenizer:"Tokenizer", # of the encoder
     unknown_id:int|None, # see `lacks_known_word`
 ) -> dict[str, str | Callable[[pd.DataFrame], pd.Series]]:
     "The slices of any table."
@@ -317,8 +319,9 @@ def run_behavioral_tests(
 run_behavioral_tests.__test__ = False  # pytest must not collect it
 
 # %% ../nbs/30_evaluate.ipynb #fc77f0ae
-def _baseline_vectorizer(texts: list[str]) -> TfidfVectorizer:
+def _baseline_vectorizer(texts: list[str]) -> "TfidfVectorizer":
     "TF-IDF of words, or of characters if most of the texts have no word."
+    from sklearn.feature_extraction.text import TfidfVectorizer
     has_word = [bool(re.search(r"\w\w", text)) for text in texts]
     if np.mean(has_word) > 0.5: return TfidfVectorizer(sublinear_tf=True)
     return TfidfVectorizer(sublinear_tf=True, analyzer="char", ngram_range=(1, 3))
@@ -326,8 +329,10 @@ def _baseline_vectorizer(texts: list[str]) -> TfidfVectorizer:
 # %% ../nbs/30_evaluate.ipynb #fc77f0af
 def fit_tfidf_baseline(
     train:pd.DataFrame, # labeled training rows
-) -> Pipeline:
+) -> "Pipeline":
     "Fitted TF-IDF and logistic regression: texts in, labels out."
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
     classifier = LogisticRegression(C=10, max_iter=2000, class_weight="balanced")
     texts = build_texts(train)
     pipeline = make_pipeline(_baseline_vectorizer(texts), classifier)
@@ -375,6 +380,7 @@ def evaluate_predictions(
     """Fields of `EvaluateResults`: `overall`, `per_class`, `slices`, `confusion`, …
 
     Raises: UserError for a label that the model does not have."""
+    from sklearn.metrics import confusion_matrix
     labels = rows[get_settings().label_column].to_numpy(dtype=str)
     texts = build_texts(rows)
     unknown = sorted(set(labels) - set(names))

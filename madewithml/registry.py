@@ -19,7 +19,6 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import infer_signature
 
 from .config import CheckFailed, UserError, check_model_name, get_settings
-from .models import load_classifier, quiet_transformers
 from .schemas import RegisterResults
 from .tracking import current_user, fetch_checkpoint, get_run, mlflow_client
 
@@ -173,6 +172,8 @@ def log_model(
 ) -> str:
     "URI of the logged model, `models:/m-…`."
     from transformers import pipeline  # takes seconds: it imports every task
+
+    from madewithml.models import load_classifier, quiet_transformers
     model, tokenizer = load_classifier(folder)
     # MLflow would record a local path, and would look up any name on a model hub.
     model.name_or_path = f"run:{run_id}"

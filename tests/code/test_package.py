@@ -33,6 +33,14 @@ def test_help_loads_no_heavy_package(tmp_path: Path) -> None:
     assert run_code(code, tmp_path) == ""
 
 
+@pytest.mark.parametrize("name", ["tracking", "registry", "evaluate", "promotion", "rollout"])
+def test_lookups_load_no_framework(name: str, tmp_path: Path) -> None:
+    """A command that fails before it needs a model does not load what models need."""
+    heavy = {"torch", "ray", "transformers", "sklearn", "matplotlib"}
+    code = f"import sys, madewithml.{name}; print(*sorted({heavy} & set(sys.modules)))"
+    assert run_code(code, tmp_path) == ""
+
+
 def find_imports(module: Path) -> set[str]:
     """Names of what a module imports; `madewithml.NAME` for a relative import."""
     names = set()

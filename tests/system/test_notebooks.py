@@ -80,7 +80,7 @@ def find_tested_notebooks() -> set[str]:
     workloads by the tests of the pipeline and the commands, and the rest here."""
     paths = (ROOT / "tests").rglob("test_*.py")
     tests = "".join(path.read_text(encoding="utf-8") for path in paths)
-    pipeline = (NBS / "71_pipeline.ipynb").read_text(encoding="utf-8")
+    pipeline = (NBS / "72_pipeline.ipynb").read_text(encoding="utf-8")
 
     def is_run(workload: str) -> bool:
         in_tests = rf'(cli\(|run_cli\(|command = \[|args = \[)"{workload}"'
