@@ -14,7 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-sys.modules.setdefault("openvino_telemetry", cast(Any, None))  # without it OpenVINO sends no telemetry
+# Without this module OpenVINO sends no telemetry.
+sys.modules.setdefault("openvino_telemetry", cast(Any, None))
 import numpy as np, openvino
 from tokenizers import Tokenizer
 
