@@ -166,7 +166,8 @@ class FrozenOutputs(RaggedTokens):
                 states[i, :length] = self.states[start:start + length]
         missing = np.flatnonzero(self.starts[rows] < 0)
         if len(missing):
-            computed = self.forward(self, rows[missing])
+            computed = self.forward(
+                RaggedTokens(self.ids, self.offsets, self.labels), rows[missing])
             states[missing, :computed.shape[1]] = computed.to(states.dtype)
         mask = torch.from_numpy(np.arange(states.shape[1]) < lengths[:, None])
         return {"inputs_embeds": states, "attention_mask": mask.long().to(states.device)}
