@@ -80,11 +80,11 @@ def first_token_forward(
     def heads(states: torch.Tensor) -> torch.Tensor:
         return states.unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
 
-    context, _ = attention_without_dropout(
+    context = attention_without_dropout(
         attention, heads(attention.query(first)), heads(attention.key(hidden_states)),
         heads(attention.value(hidden_states)),
         None if attention_mask is None else attention_mask[:, :, :1], attention.scaling,
-        is_causal=False)
+        is_causal=False)[0]
     return layer.feed_forward_chunk(layer.attention.output(context.flatten(2), first))
 
 # %% ../nbs/19_training_mode.ipynb #f359a04d
