@@ -238,12 +238,10 @@ def frozen_forward(
     raise AssertionError("The forward pass did not reach the first trainable layer.")
 
 # %% ../nbs/19_training_mode.ipynb #d20c6623
-class _GivenStates(nn.Module):
-    "Stands in for the embeddings: returns the states that it is given in place of embeddings."
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        return next(value for value in given if value.is_floating_point())
+def _given_states(*args: Any, **kwargs: Any) -> torch.Tensor:
+    "Stands in for the forward pass of the embeddings: returns the states given in their place."
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    return next(value for value in given if value.is_floating_point())
 
 @contextmanager
 def upper_layers_only(
@@ -255,13 +253,13 @@ def upper_layers_only(
         yield
         return
     encoder = model.base_model
-    embeddings, layers = encoder.embeddings, encoder_layers(model)
+    layers = encoder_layers(model)
     name = next(name for name, module in encoder.named_modules() if module is layers)
     parent, _, attribute = name.rpartition(".")
+    setattr(encoder.get_submodule(parent), attribute, layers[tokens.num_layers:])
     try:
-        encoder.embeddings = _GivenStates()
-        setattr(encoder.get_submodule(parent), attribute, layers[tokens.num_layers:])
-        yield
+        # The embeddings stay in the model: data-parallel training broadcasts their buffers.
+        with _replaced_forward(encoder.embeddings, _given_states):
+            yield
     finally:
-        encoder.embeddings = embeddings
         setattr(encoder.get_submodule(parent), attribute, layers)
