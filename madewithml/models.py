@@ -30,6 +30,7 @@ from .config import UserError, check_precision, get_settings
 from .data import RaggedTokens, collate, tokenize
 from .probabilities import recompute_borderline, softmax
 from .storage import check_model_dir, write_checksums
+from .training_mode import FrozenOutputs, upper_layers_only
 from .utils import atomic_path
 
 # %% ../nbs/20_models.ipynb #1aaa3752
@@ -171,12 +172,13 @@ def autocast(
 
 # %% ../nbs/20_models.ipynb #58b615ba
 def batch_to_tensors(
-    tokens:RaggedTokens, # tokenized rows
+    tokens:RaggedTokens, # tokenized rows; as `FrozenOutputs`: see its `batch`
     batch:np.ndarray, # row numbers
     pad_id:int, # id of the padding token
     device:torch.device, # of the model
 ) -> dict[str, torch.Tensor]:
     "`input_ids` and `attention_mask` of these rows, each (rows, tokens of the longest)."
+    if isinstance(tokens, FrozenOutputs): return tokens.batch(batch)
     arrays = collate(tokens, batch, pad_id)
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
@@ -212,7 +214,7 @@ def forward_batches(
     try:
         for batch in batches:
             inputs = batch_to_tensors(tokens, batch, pad_id, model.device)
-            with autocast(precision, model.device):
+            with upper_layers_only(model, tokens), autocast(precision, model.device):
                 output = model(**inputs, **options)
             yield batch, inputs["attention_mask"], output
     finally:

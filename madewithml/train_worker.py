@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerFast
 
 from .config import TrainOptions
 from .data import RaggedTokens
-from .finetune import (FineTuner, WorkerContext, apply_temperature, get_class_weights,
-    linear_probe_init, select_epoch, total_steps, train_epochs)
+from madewithml.finetune import (FineTuner, WorkerContext, apply_temperature,
+    compute_frozen_outputs, get_class_weights, linear_probe_init, select_epoch, total_steps,
+    train_epochs)
 from madewithml.models import (build_classifier, load_classifier, load_tokenizer, save_classifier,
     set_seed)
 from .schemas import EpochMetrics
@@ -123,8 +124,8 @@ def _reported_checkpoints() -> list[tuple[Checkpoint, dict[str, Any]]]:
 def _start_or_resume(
     options: TrainOptions, label2id: dict[str, int], train: RaggedTokens, pad_id: int,
     folder: Path|None, fallback_label: str,
-) -> tuple[FineTuner, list[EpochMetrics]]:
-    "The trainer at the checkpoint in the folder, or at the start, and the epochs behind it."
+) -> tuple[FineTuner, RaggedTokens, list[EpochMetrics]]:
+    "Trainer at the checkpoint or at the start, rows with frozen outputs, epochs behind it."
     config = options.config
     context = ray.train.get_context()
     on_gpu = options.gpu_per_worker > 0
@@ -134,16 +135,18 @@ def _start_or_resume(
     else:
         model = build_classifier(options.encoder, label2id, config.dropout_p).to(device)
         model.config.fallback_label = fallback_label
-        if config.linear_probe_init:
-            linear_probe_init(model, train, pad_id, options.precision)
+    train = compute_frozen_outputs(
+        model, train, config.num_frozen_layers, pad_id, options.precision)
+    if config.linear_probe_init and not folder:
+        linear_probe_init(model, train, pad_id, options.precision)
     trainer = FineTuner(model, config, total_steps(len(train), config), pad_id, options.precision,
         options.seed, get_class_weights(train, model, config),
         WorkerContext(context.get_world_rank(), context.get_world_size(),
             ray.train.torch.prepare_model))
-    if not folder: return trainer, []
+    if not folder: return trainer, train, []
     state = torch.load(folder / STATE, map_location=device, weights_only=True)
     trainer.load_state_dict(state)
-    return trainer, read_history(folder)
+    return trainer, train, read_history(folder)
 
 # %% ../nbs/22_train_worker.ipynb #1b3e5b9f
 def _report_epoch(
@@ -176,7 +179,7 @@ def train_loop_per_worker(
     progress = ProgressReporter(loop["events"] if is_first else None)
 
     with first_intact_checkpoint(_reported_checkpoints(), progress.warn) as folder:
-        trainer, history = _start_or_resume(
+        trainer, train, history = _start_or_resume(
             options, loop["label2id"], train, tokenizer.pad_token_id, folder,
             loop["job"].fallback_label)
 

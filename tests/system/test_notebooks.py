@@ -39,7 +39,7 @@ SLOW = {  # run by `make test-slow`
                                  "variants": {"default": {"num_epochs": 1}}},
     "explore/scaling": {"prepare_sizes": [500, 1000, 2000], "predict_sizes": [500, 1000, 2000],
                         "repeats": 1, "train_samples": 80},
-    "explore/training_speed": {"num_samples": 96, "num_epochs": 2},
+    "explore/training_speed": {"num_samples": 96, "num_epochs": 2, "rounds": 1},
     "explore/prediction_speed": {"num_rows": 400, "rounds": 1},
     "explore/tuning": {"dataset_loc": SMALL_TABLE, "num_runs": 2, "seeds": [1]},
 }
