@@ -21,6 +21,15 @@ def pip(python: Path, *args: str) -> None:
     subprocess.run(command, check=True)
 
 
+def install_packages(python: Path, *args: str) -> None:
+    """With uv, a minute faster; with pip, which reads pip's settings, where uv finds less."""
+    command = [str(python), "-m", "uv", "pip", "install", "--quiet", "--python", str(python),
+               "--compile-bytecode", "-c", str(LOCK), *args]
+    if subprocess.run(command, check=False).returncode:
+        print("uv cannot install this here; taking pip.", file=sys.stderr)
+        pip(python, "install", "-qq", "-c", str(LOCK), *args)
+
+
 def read_settings() -> SectionProxy:
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
@@ -62,8 +71,8 @@ def install_torch(python: Path, requirement: str, backend: str) -> None:
     if backend == "auto" and has_local_build(python, requirement):
         pip(python, "install", "-qq", "--no-deps", requirement)
         return
-    pip(python, "install", "-qq", "uv")  # knows the index of each build of torch
     chosen = "cpu" if backend == "auto" else backend
+    # uv knows the index of each build of torch.
     command = [str(python), "-m", "uv", "pip", "install", "--python", str(python),
                "--torch-backend", chosen, requirement]
     if subprocess.run(command, check=False).returncode:
@@ -73,25 +82,25 @@ def install_torch(python: Path, requirement: str, backend: str) -> None:
 
 def install(folder: Path, backend: str) -> None:
     """The packages that a run needs, and this package in editable form."""
-    print(f"Installing what a run needs into {folder} (once; a few minutes).", flush=True)
+    print(f"Installing what a run needs into {folder} (once; about a minute).", flush=True)
     python = make_venv(folder)
-    pip(python, "install", "-qq", "-c", str(LOCK), "setuptools", "wheel")
+    pip(python, "install", "-qq", "-c", str(LOCK), "setuptools", "wheel", "uv")
     pins = LOCK.read_text(encoding="utf-8").splitlines()
     install_torch(python, next(pin for pin in pins if pin.startswith("torch==")), backend)
-    pip(python, "install", "-qq", "-c", str(LOCK), "--no-build-isolation", "-e", str(ROOT))
+    install_packages(python, "--no-build-isolation", "-e", str(ROOT))
 
 
 def add_extra(folder: Path, extra: str) -> None:
     """The further packages of an extra."""
     print(f"Installing what `{extra}` needs into {folder} (once).", flush=True)
     wanted = read_settings()[f"{extra}_requirements"].split()
-    pip(get_python(folder), "install", "-qq", "-c", str(LOCK), *wanted)
+    install_packages(get_python(folder), *wanted)
 
 
 def lock() -> None:
     """Resolves settings.ini anew, for the oldest Python that it names, and pins the result."""
     settings = read_settings()
-    wanted = ["setuptools>=77", "wheel"]
+    wanted = ["setuptools>=77", "wheel", "uv"]
     for name in settings:
         if name.endswith("requirements"):
             wanted += settings[name].split()
