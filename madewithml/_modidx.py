@@ -806,6 +806,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'madewithml.predict._ShardPredictor': ('predict.html#_shardpredictor', 'madewithml/predict.py'),
                                     'madewithml.predict._ShardPredictor.__init__': ( 'predict.html#_shardpredictor.__init__',
                                                                                      'madewithml/predict.py'),
+                                    'madewithml.predict._ShardPredictor._load': ( 'predict.html#_shardpredictor._load',
+                                                                                  'madewithml/predict.py'),
                                     'madewithml.predict._ShardPredictor.predict': ( 'predict.html#_shardpredictor.predict',
                                                                                     'madewithml/predict.py'),
                                     'madewithml.predict._describe_request': ('predict.html#_describe_request', 'madewithml/predict.py'),

@@ -162,19 +162,24 @@ def _predict_here(folder: Path, shards: _Shards, precision: str, threshold: floa
 
 # %% ../nbs/31_predict.ipynb #31a00013
 class _ShardPredictor:
-    "A Ray actor with an engine."
+    "A Ray actor that loads an engine when it is first asked."
 
-    def __init__(self, files: list["ray.ObjectRef"], precision: str, threshold: float|None,
-                 text_columns: tuple[str, ...]):
-        import ray
+    def __init__(self, precision: str, threshold: float|None, text_columns: tuple[str, ...]):
+        self.precision = precision
         self.threshold = threshold
         self.text_columns = text_columns
+        self.engine: Engine|None = None
+
+    def _load(self, files: "list[ray.ObjectRef]") -> Engine:
+        import ray
         with tempfile.TemporaryDirectory() as folder:
             for name, content in ray.get(files[0]).items():
                 (Path(folder) / name).write_bytes(content)
-            self.engine = Engine(folder, precision, threads=1)
+            return Engine(folder, self.precision, threads=1)
 
-    def predict(self, number: int, rows: pa.Table) -> tuple[int, pa.Table]:
+    def predict(self, files: "list[ray.ObjectRef]", number: int, rows: pa.Table
+                ) -> tuple[int, pa.Table]:
+        self.engine = self.engine or self._load(files)
         return number, predict_rows(self.engine, rows, self.threshold, self.text_columns)
 
 # %% ../nbs/31_predict.ipynb #31a00014
@@ -195,13 +200,13 @@ def _predict_on_cluster(folder: Path, shards: _Shards, precision: str, threshold
     from madewithml.ray_session import ray, ray_session
     with ray_session(), as_user_errors():
         content = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
-        files = [ray.put(content)]  # held here: an actor that is started again reads it again
-        actors = _start_actors(num_workers, files, precision, threshold)
+        files = [ray.put(content)]  # in a list, so that only who needs the content gets it
+        actors = _start_actors(num_workers, precision, threshold)
         in_progress: dict[ray.ObjectRef, Any] = {}
         free = actors * _SHARDS_PER_ACTOR
         for number, rows in shards:
             actor = free.pop()
-            in_progress[actor.predict.remote(number, rows)] = actor
+            in_progress[actor.predict.remote(files, number, rows)] = actor
             if not free:
                 (ready,), _ = ray.wait(list(in_progress))
                 free.append(in_progress.pop(ready))

@@ -79,11 +79,11 @@ def main(folder: str = "", victim: str = "", point: str = "none:0", dataset: str
         inject_fault(folder, victim, point, driver)
         start(loop)
 
-    def predict_with_fault(self, number, rows):
+    def predict_with_fault(self, files, number, rows):
         self.shards = getattr(self, "shards", 0) + 1
         if point == f"shard:{self.shards}":
             kill_once(folder, victim, driver)
-        return predict_shard(self, number, rows)
+        return predict_shard(self, files, number, rows)
 
     def commit_with_fault(self, number, rows):
         commit(self, number, rows)
