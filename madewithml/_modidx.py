@@ -1080,6 +1080,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'madewithml.storage.copy_tree': ('storage.html#copy_tree', 'madewithml/storage.py'),
                                     'madewithml.storage.exists': ('storage.html#exists', 'madewithml/storage.py'),
                                     'madewithml.storage.find_corruption': ('storage.html#find_corruption', 'madewithml/storage.py'),
+                                    'madewithml.storage.listed_checksums': ('storage.html#listed_checksums', 'madewithml/storage.py'),
                                     'madewithml.storage.persistent_uri': ('storage.html#persistent_uri', 'madewithml/storage.py'),
                                     'madewithml.storage.remove_tree': ('storage.html#remove_tree', 'madewithml/storage.py'),
                                     'madewithml.storage.resolve_uri': ('storage.html#resolve_uri', 'madewithml/storage.py'),

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from .config import check_precision, get_settings
 from .probabilities import softmax
-from .storage import compute_checksums, find_corruption, write_checksums
+from .storage import find_corruption, listed_checksums, write_checksums
 from .utils import atomic_path, content_hash
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ _NUM_KEPT = 8  # graphs; each is as large as its checkpoint
 
 def _graph_dir(folder: str|Path) -> Path:
     "Where the graph of a checkpoint is kept."
-    key = [_FORMAT, openvino.__version__, compute_checksums(Path(folder))]
+    key = [_FORMAT, openvino.__version__, listed_checksums(Path(folder))]
     return get_settings().storage_dir / "graphs" / content_hash(key)
 
 def _remove_old_graphs(graphs_dir: Path) -> None:

@@ -22,7 +22,7 @@ from .data import as_user_errors, open_checked_table, table_texts
 from .engine import Engine
 from .probabilities import labels_with_fallback
 from .schemas import PredictResults
-from .storage import compute_checksums, resolve_uri
+from .storage import listed_checksums, resolve_uri
 from .tables import (
     TableReader, check_output_schema, list_table_files, open_table_writer, output_format)
 from .tracking import fetch_checkpoint
@@ -81,7 +81,7 @@ def _describe_request(folder: Path, dataset_loc: str|Path, **options: Any) -> di
              for file in list_table_files(dataset_loc)]
     return {
         "table": [[name, info.size, info.mtime_ns] for name, info in infos],
-        "classifier": compute_checksums(folder),
+        "classifier": listed_checksums(folder),
         "settings": [settings.text_columns, settings.fallback_label, settings.min_confidence],
         **options}
 
@@ -139,12 +139,12 @@ def open_shard_store(
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_suffix(".lock"), timeout=0):
-            marker = folder / "request.json"
-            if not (marker.is_file() and marker.read_text() == json.dumps(request)):
+            marker, wanted = folder / "request.json", json.dumps(request)
+            if not (marker.is_file() and marker.read_text() == wanted):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 with atomic_path(marker) as temporary:
-                    temporary.write_text(json.dumps(request))
+                    temporary.write_text(wanted)
             yield ShardStore(folder)
             shutil.rmtree(folder)
     except Timeout:

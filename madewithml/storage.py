@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['resolve_uri', 'persistent_uri', 'exists', 'copy_tree', 'remove_tree', 'compute_checksums', 'write_checksums',
-           'find_corruption', 'check_model_dir']
+           'listed_checksums', 'find_corruption', 'check_model_dir']
 
 # %% ../nbs/03_storage.ipynb #f6194c3d
 import json
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -93,6 +94,14 @@ def write_checksums(
     "Writes the checksums of the directory's files into it."
     folder = Path(folder)
     (folder / _CHECKSUMS).write_text(json.dumps(compute_checksums(folder), indent=1))
+
+def listed_checksums(
+    folder:Path, # local directory, verified by `find_corruption` where that matters
+) -> dict[str, str]:
+    "The checksums in the directory's list; computed where there is none, or a broken one."
+    with suppress(FileNotFoundError, ValueError):
+        return json.loads((folder / _CHECKSUMS).read_text())
+    return compute_checksums(folder)
 
 # %% ../nbs/03_storage.ipynb #f0af4052
 def find_corruption(
