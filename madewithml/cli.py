@@ -85,6 +85,7 @@ def options_from_fields(
 # %% ../nbs/90_cli.ipynb #d24631d9
 app = typer.Typer(name="madewithml", no_args_is_help=True, pretty_exceptions_enable=False,
     add_completion=False, rich_markup_mode=None,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
     help="From a labeled table to a tested, registered text classifier.")
 
 def _option(help: str, *names: str, **kwargs):
@@ -348,8 +349,12 @@ def tune(
 @app.command("get-best-run-id")
 def get_best_run_id(
     experiment_name: _Experiment = None,
-    metric: Annotated[str, _option("metric to compare runs by", "--metric")] = "best_val_loss",
-    mode: Annotated[str, _option("whether min or max is best", "--mode")] = "min",
+    metric: Annotated[str,
+        _option("metric whose latest value is compared; of the selected epoch: best_val_loss, "
+                "best_val_f1", "--metric")] = "best_val_loss",
+    mode: Annotated[str,
+        _option("whether the minimum or the maximum is best: min, max, ASC or DESC",
+                "--mode")] = "min",
 ) -> None:
     "Print the id of the experiment's best finished run."
     from madewithml.tracking import find_best_run
@@ -402,7 +407,7 @@ def predict(
         from madewithml.engine import Engine
         from madewithml.tracking import fetch_checkpoint
         item = dict(zip(get_settings().text_columns, (title or "", description), strict=False))
-        predictions = Engine(fetch_checkpoint(run_id)).predict([item], threshold)
+        predictions = Engine(fetch_checkpoint(run_id), threshold=threshold).predict([item])
         typer.echo(json.dumps(predictions, indent=2, ensure_ascii=False))
         return
     if output is None: raise UserError("--dataset-loc needs --output, the table to write.")
@@ -717,7 +722,7 @@ def main(
     "Runs a command and exits with its code."
     gc.set_threshold(100_000)  # imports make much that stays: 700 would look through it often
     try:
-        app(args, standalone_mode=True)
+        app(args, prog_name="madewithml", standalone_mode=True)
     except (UserError, CheckFailed) as error:
         kind = "Error" if isinstance(error, UserError) else "Check failed"
         typer.echo(f"{kind}: {error}", err=True)

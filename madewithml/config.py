@@ -415,6 +415,9 @@ class ServedModel(Options):
     alias: str = Field("champion",
         description="alias whose version is served, and followed when it moves")
     run_id: str = Field("", description="MLflow run to serve instead of an alias")
+    threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(None,
+        description="minimum probability of a label, else the fallback label (default: the "
+                    "setting `min_confidence`)")
     poll_interval_s: float = Field(2.0, ge=0, le=3600,
         description="seconds between checks of the alias; 0: check once")
     shadow_challenger: bool = Field(False,
@@ -452,6 +455,12 @@ class ServiceLimits(Options):
                     "tables")
     token_file: str = Field("",
         description="file with the bearer token that requests need; empty: no authentication")
+    allowed_origins: tuple[str, ...] = Field((),
+        description="origin of web pages of other sites that may call the service (CORS), such as "
+                    "'https://example.org'; repeatable; none: the service's own pages only")
+    allowed_hosts: tuple[str, ...] = Field((),
+        description="host name that requests may name; repeatable; none: any, and those of this "
+                    "machine if the service listens on loopback only")
 
 # %% ../nbs/00_config.ipynb #556d0026
 class PredictionLogOptions(Options):

@@ -22,7 +22,7 @@ from .config import CheckFailed, UserError, get_settings, package_dir
 from .data import count_words, normalize_label, read_table, row_number
 from .tables import table_hash
 from .schemas import ExpectationResult, Severity, ValidateResults
-from .utils import atomic_path, shorten
+from .utils import atomic_path, run_command, shorten
 
 if TYPE_CHECKING:
     from great_expectations.core import (
@@ -531,3 +531,7 @@ def require_success(
     message = (f"{results.dataset_loc}: {len(failed)} of {len(results.expectations)} "
                f"expectations failed: {details}.")
     raise CheckFailed(message.replace("\n", " "))
+
+# %% ../nbs/11_data_validation.ipynb #11c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.data_validation
+    run_command("validate")

@@ -24,7 +24,7 @@ from .data import (build_texts, read_labeled_table, read_training_table,
     stratified_sample, stratified_split, tokenize)
 from .models import (
     class_names, fallback_label, forward_batches, load_classifier, model_max_length)
-from .probabilities import softmax
+from .probabilities import labels_with_fallback, softmax
 from .tables import table_hash
 from .tracking import fetch_checkpoint, get_run, mlflow_client
 from .utils import get_logger
@@ -157,11 +157,20 @@ class Reference:
     frozen: bool             # whether the layers up to it were frozen during training
     words: dict[str, int]    # word to the number of rows that contain it, from 2 rows on
     fallback: str = ""       # label of predictions with low confidence; empty: none
+    threshold: float|None = None # minimum confidence of a label; None: the setting
 
     @property
     def texts(self) -> np.ndarray:
         "Rows to which embeddings, lengths and languages are compared: all if frozen, else holdout."
         return np.ones(len(self.rows), dtype=bool) if self.frozen else self.holdout
+
+    def predict(self,
+        rows:np.ndarray, # mask or numbers of rows
+    ) -> np.ndarray:
+        "Predicted label of each of these rows."
+        probabilities = self.rows.probabilities[rows]
+        return np.array(labels_with_fallback(
+            probabilities, self.labels, self.fallback, self.threshold), dtype=object)
 
 # %% ../nbs/32_drift_reference.ipynb #6be8a8cd
 def build_reference(

@@ -22,7 +22,8 @@ from .data import join_text, pad_sequences
 from .graph import (
     ClassifierFacts, Forward, classifier_facts, compile_graph, keep_graph, load_graph,
     resolve_cpu_precision, torch_forward)
-from .probabilities import format_predictions, recompute_borderline, softmax
+from .probabilities import (
+    format_predictions, recompute_borderline, resolve_threshold, softmax)
 from .storage import check_model_dir
 from .utils import get_logger
 
@@ -203,15 +204,18 @@ class Engine:
         run_id:str="", # MLflow run that trained it
         threads:int=0, # threads of the forward passes; 0: one per CPU
         sealed:bool=False, # whether a checkpoint without checksums is refused
+        threshold:float|None=None, # see `probabilities.resolve_threshold`
     ):
-        "Raises: UserError for a corrupt checkpoint, non-finite outputs, or an unsuitable runtime."
+        """Raises: UserError for a corrupt checkpoint, non-finite outputs, an unsuitable runtime,
+        or a threshold without a fallback label."""
         check_model_dir(folder, sealed)
         self.version = version
         self.run_id = run_id
         self.threads = threads or os.cpu_count() or 1
         self.runtime, self.facts = load_runtime(Path(folder), runtime, precision, self.threads)
         self.labels = self.facts.labels
-        self.fallback_label = self.facts.fallback_label
+        self.fallback_label, self.threshold = resolve_threshold(
+            self.facts.fallback_label, threshold)
         self.tokenizer = Tokenizer.from_str(self.facts.tokenizer)
         _check_finite(self.infer([[self.facts.unknown_id] * _WIDTH_STEP]))
 
@@ -242,8 +246,15 @@ class Engine:
         runtime, facts = self.runtime, self.facts
         recompute = lambda rows: infer_by_length(
             runtime.fp32_forward, [ids[i] for i in rows], facts)
-        return recompute_borderline(
-            infer_by_length(runtime.forward, ids, facts, map_parts), recompute, runtime.precision)
+        return recompute_borderline(infer_by_length(runtime.forward, ids, facts, map_parts),
+                                    recompute, runtime.precision, self.threshold)
+
+    def format(self,
+        probabilities:np.ndarray, # of `infer`
+    ) -> list[dict[str, Any]]:
+        "Prediction and probabilities of each text, see `probabilities.format_predictions`."
+        return format_predictions(
+            probabilities, self.labels, self.fallback_label, self.threshold)
 
     def predict_proba(self,
         texts:list[str], # joined texts, see `data.join_text`
@@ -256,10 +267,8 @@ class Engine:
 
     def predict(self,
         items:list[dict[str, str]], # text columns of each item; missing ones are empty
-        threshold:float|None=None, # see `probabilities.labels_with_fallback`
     ) -> list[dict[str, Any]]:
         "Prediction and probabilities of each item, in descending order."
         columns = get_settings().text_columns
         texts = [join_text(*(item.get(name, "") for name in columns)) for item in items]
-        probabilities = self.predict_proba(texts)
-        return format_predictions(probabilities, self.labels, self.fallback_label, threshold)
+        return self.format(self.predict_proba(texts))

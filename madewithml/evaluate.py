@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import Pipeline
     from tokenizers import Encoding, Tokenizer
+from .utils import run_command
 
 # %% ../nbs/30_evaluate.ipynb #808716d9
 def classification_metrics(
@@ -443,3 +444,7 @@ def require_behavior(
              f"expected {case.expected}" for case in failed]
     raise CheckFailed(f"{len(failed)} of {len(results.behavior)} behavioral tests failed: "
                       f"{'; '.join(cases)}")
+
+# %% ../nbs/30_evaluate.ipynb #30c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.evaluate
+    run_command("evaluate")

@@ -14,7 +14,7 @@ from .ray_session import find_free_ports, worker_env_vars
 import psutil
 
 from .config import UserError, get_settings
-from .utils import write_json
+from .utils import run_command, write_json
 
 # %% ../nbs/80_local_cluster.ipynb #3fa79f99
 def _state_file() -> Path:
@@ -220,3 +220,7 @@ def resolve_cluster(
     if "://" in address: return address, False
     host = address.rsplit(":", 1)[0]
     return f"http://{host}:8265", False
+
+# %% ../nbs/80_local_cluster.ipynb #80c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.local_cluster
+    run_command("cluster")

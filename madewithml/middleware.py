@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OVERLOADED', 'PUBLIC_PATHS', 'ServiceMetrics', 'RequestRejected', 'send_json', 'has_valid_token', 'complete_scope',
-           'LimitsMiddleware']
+           'is_cross_site', 'is_known_host', 'LimitsMiddleware']
 
 # %% ../nbs/51_middleware.ipynb #dacd0dc6
-import asyncio, base64, binascii, contextlib, hmac, json, os, time
+import asyncio, base64, binascii, contextlib, hmac, json, os, re, time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -210,15 +210,42 @@ def complete_scope(
     scope:dict[str, Any], # ASGI's description of a request
     routes:frozenset[str], # paths of the application
 ) -> dict[str, Any]:
-    "The scope, with the final slash of a route and the content type of a program, if missing."
-    path = scope["path"]
-    if path not in routes and f"{path}/" in routes:
-        scope = scope | {"path": f"{path}/", "raw_path": f"{path}/".encode()}
-    headers = dict(scope["headers"])
-    if not headers.get(b"content-type") and b"origin" not in headers:
+    "The scope as the routes expect it: their final slash, GET for HEAD, and a body in JSON."
+    path, method = scope["path"], scope["method"]
+    others = (f"{path}/", path.rstrip("/"))
+    if path not in routes and (other := next((each for each in others if each in routes), "")):
+        scope = scope | {"path": other, "raw_path": other.encode()}
+    if method == "HEAD":  # the web server leaves out the body
+        return scope | {"method": "GET"}
+    if method == "POST":
         named = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
         scope = scope | {"headers": [*named, (b"content-type", b"application/json")]}
     return scope
+
+# %% ../nbs/51_middleware.ipynb #51a00002
+_OWN_SITE = (b"same-origin", b"none")  # none: the user typed the address
+
+def is_cross_site(
+    method:str, # of the request
+    headers:Mapping[bytes, bytes], # of the request
+    allowed_origins:tuple[str, ...]=(), # of other sites
+) -> bool:
+    "Whether a browser sends the request for another site's page that is not allowed."
+    origin, site = headers.get(b"origin", b""), headers.get(b"sec-fetch-site")
+    if origin.decode("latin-1") in allowed_origins: return False
+    is_link = method == "GET" and headers.get(b"sec-fetch-mode") == b"navigate"
+    if site: return site not in _OWN_SITE and not is_link
+    return bool(origin) and origin.partition(b"://")[2] != headers.get(b"host")
+
+# %% ../nbs/51_middleware.ipynb #51a00005
+def is_known_host(
+    headers:Mapping[bytes, bytes], # of the request
+    allowed_hosts:tuple[str, ...], # names without port; none: any
+) -> bool:
+    "Whether `Host` is an allowed name, or missing, which it is in no browser."
+    host = headers.get(b"host", b"").decode("latin-1").lower()
+    name = re.sub(r":\d+$", "", host).strip("[]")
+    return not (name and allowed_hosts) or name in allowed_hosts
 
 # %% ../nbs/51_middleware.ipynb #25a9a341
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
@@ -262,6 +289,14 @@ class LimitsMiddleware:
             route = scope["path"] if scope["path"] in self.routes else "other"
             self.metrics.count_request(route, sender.status, time.perf_counter() - begin)
 
+    def _check_source(self, method: str, headers: dict[bytes, bytes]) -> None:
+        "Raises: RequestRejected for a web page of another site, or another host name."
+        if not is_known_host(headers, self.config.allowed_hosts):
+            raise RequestRejected(403, "This host name is not served; --allowed-host allows it.")
+        if is_cross_site(method, headers, self.config.allowed_origins):
+            raise RequestRejected(403, "Web pages of other sites are not served; "
+                                       "--allowed-origin allows one.")
+
     def _admit(self, headers: dict[bytes, bytes]) -> None:
         "Raises: RequestRejected without a valid token, or with too many requests in flight."
         authorization = headers.get(b"authorization", b"")
@@ -274,6 +309,7 @@ class LimitsMiddleware:
         "The application's response within the limits. Raises: RequestRejected."
         headers = dict(scope["headers"])
         path = scope["path"]
+        self._check_source(scope["method"], headers)
         if path not in PUBLIC_PATHS:
             self._admit(headers)
         is_evaluation = path.startswith("/evaluate")

@@ -16,7 +16,6 @@ from mlflow.exceptions import MlflowException
 from .config import ServeConfig, UserError
 from .engine import Engine
 from .middleware import ServiceMetrics
-from .probabilities import format_predictions
 from .registry import get_aliases, resolve_alias
 from .tracking import fetch_checkpoint
 from .utils import content_hash, get_logger, lower_thread_priority
@@ -47,7 +46,8 @@ class ModelWatcher:
                                 initargs=(self.niceness,)) as low_priority_pool:
             future = low_priority_pool.submit(
                 Engine, fetch_checkpoint(run_id), self.config.precision, self.config.runtime,
-                version, run_id, self.config.threads, sealed=True)
+                version, run_id, self.config.threads, sealed=True,
+                threshold=self.config.threshold)
             engine = future.result()
             low_priority_pool.submit(engine.warm_up).result()
             return engine
@@ -139,8 +139,7 @@ class ShadowChallenger:
         engine = self.versions.engine
         if engine is None: return
         ids = [engine.encode(text) for text, _, _ in requests]
-        answers = format_predictions(
-            engine.infer(ids), engine.labels, engine.fallback_label)
+        answers = engine.format(engine.infer(ids))
         for (text, expected, version), answer in zip(requests, answers, strict=True):
             predicted = answer["prediction"]
             self.metrics.shadow.labels("yes" if predicted == expected else "no").inc()

@@ -13,7 +13,7 @@ __all__ = ['MAX_WINDOW_ROWS', 'COMPARISONS', 'read_log', 'parse_since', 'select_
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,14 +30,13 @@ from .drift_reference import (UNKNOWN_LANGUAGE, Reference, RowFeatures,
                                         document_frequency, extract_features,
                                         get_or_create_reference)
 from .evaluate import bootstrap_f1_interval, classification_metrics
-from .probabilities import labels_with_fallback
 from .prediction_log import SCHEMA
 from .registry import resolve_alias
 from .schemas import (MIN_WINDOW_ROWS, BinnedDistribution, DriftedExample,
                                 DriftExplanation, DriftTestResult, MonitorResults,
                                 PerformanceEstimate, performance_line)
 from .tracking import fetch_checkpoint
-from .utils import content_hash
+from .utils import content_hash, run_command
 
 # %% ../nbs/62_monitor.ipynb #87dbf458
 _COLUMNS = [name for name in SCHEMA.names if name != "probabilities"]
@@ -128,8 +127,7 @@ def reference_columns(
 ) -> dict[str, Any]:
     "The same columns of the reference; the categories of `prediction` include unused labels."
     rows, holdout = reference.rows[reference.texts], reference.rows[reference.holdout]
-    predicted = labels_with_fallback(
-        holdout.probabilities, reference.labels, reference.fallback)
+    predicted = reference.predict(reference.holdout)
     return {
         "prediction": pd.Categorical(predicted, sorted({*reference.labels, *predicted})),
         "confidence": holdout.probabilities.max(1),
@@ -363,9 +361,7 @@ def _labeled_holdout(reference: Reference) -> tuple[np.ndarray, np.ndarray, np.n
     is_labeled = reference.holdout & (reference.label >= 0)
     probabilities = reference.rows.probabilities[is_labeled]
     truth = np.array(reference.labels)[reference.label[is_labeled]]
-    predicted = np.array(
-        labels_with_fallback(probabilities, reference.labels, reference.fallback))
-    return truth, predicted, probabilities.max(1)
+    return truth, reference.predict(is_labeled), probabilities.max(1)
 
 # %% ../nbs/62_monitor.ipynb #87b3e9d3
 def _f1_with_interval(truth: np.ndarray, predicted: np.ndarray,
@@ -469,9 +465,14 @@ def _distributions(rows: pd.DataFrame, features: RowFeatures|None,
             if comparison.histogram and not _why_impossible(comparison, window, expected)]
 
 # %% ../nbs/62_monitor.ipynb #5271c9a6
+def _with_threshold(reference: Reference, rows: pd.DataFrame) -> Reference:
+    "The reference, predicted with the threshold that the service had last."
+    threshold = rows["threshold"].iloc[-1]
+    return reference if pd.isna(threshold) else replace(reference, threshold=threshold)
+
 def _analyze(rows: pd.DataFrame, labels: dict[str, str], run_id: str) -> dict[str, Any]:
     "Drift, performance and their explanation for a window with enough rows."
-    reference = get_or_create_reference(run_id)
+    reference = _with_threshold(get_or_create_reference(run_id), rows)
     with_text = rows[rows["text"].notna()].reset_index(drop=True)
     features = None
     if len(with_text) >= MIN_WINDOW_ROWS:
@@ -532,3 +533,7 @@ def require_no_alarm(
     if results.performance and results.performance.alarm:
         causes.append(performance_line(results).removesuffix(": ALARM"))
     raise CheckFailed(f"The traffic of run {results.run_id} raises an alarm: {'; '.join(causes)}.")
+
+# %% ../nbs/62_monitor.ipynb #62c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.monitor
+    run_command("monitor")

@@ -29,7 +29,8 @@ from .storage import copy_tree, exists, persistent_uri
 from .tables import (
     COMPANIONS, companion_file, list_table_files, table_hash, write_csv)
 from .tracking import mlflow_client
-from .utils import atomic_path, content_hash, get_logger, temporary_env, write_json
+from .utils import (
+    atomic_path, content_hash, get_logger, run_command, temporary_env, write_json)
 
 # %% ../nbs/72_pipeline.ipynb #f794ddee
 @dataclass
@@ -336,3 +337,7 @@ def run_single_workload(
     with _workload_session(folder, address, dashboard=workload == "tune"):
         run_workload(Workload(workload, parameters), folder, force=True)
     return folder / f"{workload}.json"
+
+# %% ../nbs/72_pipeline.ipynb #72c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.pipeline
+    run_command("run")

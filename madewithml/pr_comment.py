@@ -21,6 +21,7 @@ from .report import gate_markdown, get_results, render_sections
 from .schemas import (RESULT_SCHEMAS, BaseResults, CandidateMetrics, EvaluateResults,
                                 PolicyCheck, PredictResults, PromoteResults, RegisterResults,
                                 TrainResults)
+from .utils import run_command
 
 # %% ../nbs/75_pr_comment.ipynb #f928831c
 def champion_metrics(
@@ -223,3 +224,7 @@ def comment_on_pull(
     main_results = load_main_results(client, event["repository"]["default_branch"])
     body = render_comment(results, main_results, policy, _run_info(run, bool(data)))
     return upsert_comment(client, pull["number"], body, author)
+
+# %% ../nbs/75_pr_comment.ipynb #75c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.pr_comment
+    run_command("pr-comment")

@@ -26,7 +26,7 @@ from .storage import listed_checksums, resolve_uri
 from .tables import (
     TableReader, check_output_schema, list_table_files, open_table_writer, output_format)
 from .tracking import fetch_checkpoint
-from .utils import PRIVATE_CLUSTER, atomic_path, content_hash, get_logger
+from .utils import PRIVATE_CLUSTER, atomic_path, content_hash, get_logger, run_command
 
 if TYPE_CHECKING:
     import ray
@@ -40,13 +40,12 @@ def _prediction_columns(names: list[str]) -> list[str]:
 def predict_rows(
     engine:Engine, # that predicts
     table:pa.Table, # rows with the text columns
-    threshold:float|None=None, # see `probabilities.labels_with_fallback`
     text_columns:tuple[str, ...]|None=None, # None: those of the settings
 ) -> pa.Table:
     "The rows with `prediction`, `confidence` and a probability per label. Raises: UserError."
     probabilities = engine.predict_proba(table_texts(table, columns=text_columns))
     predictions = labels_with_fallback(
-        probabilities, engine.labels, engine.fallback_label, threshold)
+        probabilities, engine.labels, engine.fallback_label, engine.threshold)
     columns = {"prediction": pa.array(predictions, pa.string()),
                "confidence": pa.array(probabilities.max(1).astype(np.float32))}
     for i, name in enumerate(engine.labels):
@@ -157,8 +156,8 @@ def _predict_here(folder: Path, shards: _Shards, precision: str, threshold: floa
     "Number and predicted rows of each shard."
     engine = None
     for number, rows in shards:
-        engine = engine or Engine(folder, precision)
-        yield number, predict_rows(engine, rows, threshold)
+        engine = engine or Engine(folder, precision, threshold=threshold)
+        yield number, predict_rows(engine, rows)
 
 # %% ../nbs/31_predict.ipynb #31a00013
 class _ShardPredictor:
@@ -175,12 +174,12 @@ class _ShardPredictor:
         with tempfile.TemporaryDirectory() as folder:
             for name, content in ray.get(files[0]).items():
                 (Path(folder) / name).write_bytes(content)
-            return Engine(folder, self.precision, threads=1)
+            return Engine(folder, self.precision, threads=1, threshold=self.threshold)
 
     def predict(self, files: "list[ray.ObjectRef]", number: int, rows: pa.Table
                 ) -> tuple[int, pa.Table]:
         self.engine = self.engine or self._load(files)
-        return number, predict_rows(self.engine, rows, self.threshold, self.text_columns)
+        return number, predict_rows(self.engine, rows, self.text_columns)
 
 # %% ../nbs/31_predict.ipynb #31a00014
 _SHARDS_PER_ACTOR = 2  # one is computed, one waits
@@ -277,7 +276,7 @@ def predict_table_from_dir(
     run_id:str, # recorded in the results
     dataset_loc:str|Path, # table with the text columns, see `tables.list_table_files`
     output:str|Path, # CSV, Parquet or JSON lines by its suffix; with a slash behind, a directory
-    threshold:float|None=None, # see `probabilities.labels_with_fallback`
+    threshold:float|None=None, # see `probabilities.resolve_threshold`
     num_workers:int|None=None, # Ray actors; None: this process, on a cluster one for each CPU
     shard_rows:int=8192, # rows that are committed together
     precision:str="auto", # 'auto', 'bf16' or 'fp32'
@@ -311,7 +310,7 @@ def predict_table(
     run_id:str, # MLflow run that trained the classifier
     dataset_loc:str|Path, # see `predict_table_from_dir`
     output:str|Path, # see `predict_table_from_dir`
-    threshold:float|None=None, # see `labels_with_fallback`
+    threshold:float|None=None, # see `probabilities.resolve_threshold`
     **options, # further options of `predict_table_from_dir`
 ) -> PredictResults:
     """Predicts every row once, in order. Raises: UserError.
@@ -319,3 +318,7 @@ def predict_table(
     Writes the columns of the input, `prediction`, `confidence` and a probability per label."""
     folder = fetch_checkpoint(run_id)
     return predict_table_from_dir(folder, run_id, dataset_loc, output, threshold, **options)
+
+# %% ../nbs/31_predict.ipynb #31c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.predict
+    run_command("predict", "get-best-run-id")

@@ -30,6 +30,7 @@ SCHEMA = pa.schema([
     ("unknown_tokens", pa.int32()),
     ("prediction", pa.string()),
     ("confidence", pa.float32()),
+    ("threshold", pa.float64()),  # minimum confidence of a label, below it the fallback label
     ("probabilities", pa.map_(pa.string(), pa.float32())),
 ])
 

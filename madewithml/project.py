@@ -17,7 +17,7 @@ from .data import read_labeled_table
 from .data_validation import parse_dates
 from .suite import learn_suite
 from .tables import companion_dir
-from .utils import temporary_env
+from .utils import run_command, temporary_env
 
 # %% ../nbs/13_project.ipynb #13a00011
 def _id_column(rows: pd.DataFrame) -> str:
@@ -101,3 +101,7 @@ def next_command(
     name = re.sub(r"[^\w-]+", "-", stem).strip("-") or "mine"
     return (f"madewithml run --dataset-loc {shlex.quote(str(dataset_loc))} --run-name {name} "
             f"--experiment-name {name} --model-name {name}")
+
+# %% ../nbs/13_project.ipynb #13c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.project
+    run_command("init")

@@ -22,6 +22,7 @@ from .registry import alias_lock, get_aliases, promote_challenger, resolve_alias
 from .schemas import CandidateMetrics, PolicyCheck, PromoteResults
 from .tables import open_table, table_hash
 from .tracking import current_user, fetch_checkpoint, mlflow_client
+from .utils import run_command
 
 # %% ../nbs/42_promotion.ipynb #47768f5a
 _PRIOR_ROWS = 2.0
@@ -204,3 +205,7 @@ def promote_model(
         challenger=challenger, champion=champion, **_f1_difference(rows, predictions))
     _apply_decision(results, aliases)
     return results
+
+# %% ../nbs/42_promotion.ipynb #42c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.promotion
+    run_command("promote")

@@ -21,6 +21,7 @@ from mlflow.models import infer_signature
 from .config import CheckFailed, UserError, check_model_name, get_settings
 from .schemas import RegisterResults
 from .tracking import current_user, fetch_checkpoint, get_run, mlflow_client
+from .utils import run_command
 
 # %% ../nbs/40_registry.ipynb #3c674e4c
 def _model_name(name: str|None) -> str:
@@ -222,3 +223,7 @@ def register_model(
     client.set_registered_model_alias(name, alias, version.version)
     return RegisterResults(run_id=run_id, model_name=name, version=int(version.version),
                            alias=alias, model_uri=f"models:/{name}@{alias}")
+
+# %% ../nbs/40_registry.ipynb #40c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.registry
+    run_command("register", "rollback")

@@ -18,7 +18,7 @@ from .schemas import (RESULT_SCHEMAS, BaseResults, ClassificationMetrics, Evalua
                                 MonitorResults, PolicyCheck, PredictResults, PromoteResults,
                                 RegisterResults, TrainResults, ValidateResults, performance_line,
                                 read_results, window_line)
-from .utils import shorten, write_json
+from .utils import run_command, shorten, write_json
 
 # %% ../nbs/70_report.ipynb #b37d63cd
 # Positions at which a zero-width space keeps GitHub from linking or notifying.
@@ -347,3 +347,7 @@ def write_report(
     path = folder / "report.md"
     path.write_text("\n\n".join(block for block in blocks if block) + "\n", encoding="utf-8")
     return path
+
+# %% ../nbs/70_report.ipynb #70c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.report
+    run_command("report")

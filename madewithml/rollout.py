@@ -11,6 +11,7 @@ from typing import Any
 
 from .config import CheckFailed, ServeConfig, load_token
 from .registry import resolve_alias
+from .utils import run_command
 
 # %% ../nbs/57_rollout.ipynb #196cb651
 def served_version(
@@ -64,3 +65,7 @@ def wait_for_version(
                               f"within {timeout:g} s: {status}.")
         if not agreed:
             time.sleep(_POLL_INTERVAL_S)
+
+# %% ../nbs/57_rollout.ipynb #57c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.rollout
+    run_command("rollout-status")

@@ -8,7 +8,7 @@ __all__ = ['EncodedText', 'PredictionService', 'model_info', 'service_info', 'lo
            'build_app', 'run_service', 'serve_forever']
 
 # %% ../nbs/56_serve.ipynb #08e5f258
-import asyncio, contextlib, importlib, io, os, shutil, signal, sys, threading
+import asyncio, contextlib, importlib, io, json, os, re, shutil, signal, sys, threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +21,11 @@ from fastapi import Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from .config import (ServeConfig, UserError, bundled_dir, format_validation_error,
                                get_settings, load_token)
@@ -33,10 +35,9 @@ from .haproxy import HAProxySupervisor
 from .middleware import LimitsMiddleware, RequestRejected, ServiceMetrics
 from .model_watcher import ModelWatcher, ShadowChallenger
 from .prediction_log import PredictionLog
-from .probabilities import format_predictions
 from .schemas import BaseResults
 from .tracking import get_run, provenance
-from .utils import get_logger, lower_thread_priority, temporary_env
+from .utils import get_logger, lower_thread_priority, run_command, temporary_env
 from .web_ui import add_pages
 
 # %% ../nbs/56_serve.ipynb #81eabbfb
@@ -129,7 +130,8 @@ class _Recorder:
             self.prediction_log.add(
                 text, version=engine.version, run_id=engine.run_id, num_tokens=len(ids),
                 unknown_tokens=ids.count(engine.facts.unknown_id), prediction=prediction,
-                confidence=confidence, probabilities=answer["probabilities"])
+                confidence=confidence, threshold=engine.threshold,
+                probabilities=answer["probabilities"])
         if self.shadow:
             self.shadow.add(text, prediction, engine.version)
 
@@ -187,7 +189,7 @@ class PredictionService:
         is_short = sum(map(len, texts)) < _MAX_INLINE_CHARS
         ids = encode() if is_short else await asyncio.to_thread(encode)
         probabilities = await self.batcher.batched_infer(engine, ids)
-        answers = format_predictions(probabilities, engine.labels, engine.fallback_label)
+        answers = engine.format(probabilities)
         confidences = probabilities.max(1).tolist()
         for text, row, answer, confidence in zip(texts, ids, answers, confidences, strict=True):
             self.recorder.record(engine, text, row, answer, confidence)
@@ -303,20 +305,26 @@ class ErrorResponse(BaseModel):
     "Why a request was rejected."
     detail: str
 
+def _require_text(item: BaseModel) -> BaseModel:
+    "The item. Raises: ValueError if it has no text column."
+    if all(value is None for value in item.model_dump(exclude_unset=True).values()):
+        raise ValueError(f"an item needs {' or '.join(map(repr, type(item).model_fields))}")
+    return item
+
 def item_schema(
     config:ServeConfig, # with the limits
 ) -> type[BaseModel]:
-    "Schema of an item: the text columns, the first required; null is empty in the others."
-    first, *others = get_settings().text_columns
-    limit = config.max_text_chars
-    fields = {first: (str, Field(max_length=limit)),
-              **{name: (str | None, Field("", max_length=limit)) for name in others}}
-    return create_model("Item", __config__=ConfigDict(extra="forbid"), **fields)
+    "Schema of an item: the text columns, of which one is required; others and null are empty."
+    field = (str | None, Field("", max_length=config.max_text_chars))
+    return create_model("Item", __config__=ConfigDict(extra="forbid"),
+                        __validators__={"has_text": model_validator(mode="after")(_require_text)},
+                        **dict.fromkeys(get_settings().text_columns, field))
 
 # %% ../nbs/56_serve.ipynb #adcc3e0b
 _STATUS = {
     400: "The body cannot be read.",
     401: "No valid token.",
+    403: "The request is of another site's web page, or for another host name.",
     404: "No such table.",
     408: "The body did not arrive in time.",
     413: "The body, or the table, is too large.",
@@ -332,15 +340,16 @@ def _responses(*statuses: int) -> dict[int|str, dict[str, Any]]:
 # %% ../nbs/56_serve.ipynb #7209f5bd
 def _format_request_error(error: RequestValidationError) -> str:
     "The first validation error that concerns the kind of body that was sent: field and reason."
-    if isinstance(error.body, bytes):
-        return "The body was not read as JSON. Send the header Content-Type: application/json."
     errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        return f"The body is not JSON: {errors[0]['ctx']['error'].lower()}."
     is_list = isinstance(error.body, list)
     relevant = [each for each in errors
                 if any("list[" in str(part) for part in each["loc"]) == is_list]
     first = (relevant or errors)[0]
     names = [str(part) for part in first["loc"]]
-    field = [name for name in names if name not in ("body", "Item") and "[" not in name]
+    field = [name for name in names
+             if name not in ("body", "Item") and not re.search(r"[\[(]", name)]
     return format_validation_error(first | {"loc": field}, show_value=False)
 
 # %% ../nbs/56_serve.ipynb #c1d894a8
@@ -350,7 +359,8 @@ def _example_items() -> dict[str, dict]:
     one = {first: "A text to classify", **dict.fromkeys(others, "Further text")}
     return {"one item": {"value": one}, "a list": {"value": [one, {first: "Another text"}]}}
 
-_COMMON_ERRORS = (400, 401, 408, 413, 422, 503, 504)
+_EXAMPLE_TABLE = {"dataset": "holdout.csv"}
+_COMMON_ERRORS = (400, 401, 403, 408, 413, 422, 503, 504)
 
 # %% ../nbs/56_serve.ipynb #a8a7849e
 def _add_prediction_routes(app: FastAPI, service: PredictionService) -> None:
@@ -359,7 +369,7 @@ def _add_prediction_routes(app: FastAPI, service: PredictionService) -> None:
     Items = Annotated[list[Item], Field(min_length=1,
                                         max_length=service.config.max_items_per_request)]
     items_shown = _example_items()
-    tables = {"the embedded holdout": {"value": {"dataset": "holdout.csv"}}}
+    tables = {"the embedded holdout": {"value": _EXAMPLE_TABLE}}
 
     @app.post("/predict/", response_model=None, summary="Classify one item or a list",
               responses=_responses(*_COMMON_ERRORS) | {200: {"model": PredictResponse}})
@@ -407,9 +417,17 @@ def _add_status_routes(app: FastAPI, service: PredictionService) -> None:
 # %% ../nbs/56_serve.ipynb #4329420a
 def _add_error_handlers(app: FastAPI) -> None:
     "Every error as JSON with one line, without a traceback."
+    examples = {"/predict/": _example_items()["one item"]["value"], "/evaluate/": _EXAMPLE_TABLE}
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": _format_request_error(error)}, 422)
+        example = json.dumps(examples[request.url.path])
+        return JSONResponse({"detail": f"{_format_request_error(error)} Example: {example}"}, 422)
+
+    @app.exception_handler(400)
+    async def unreadable(request: Request, error: Exception) -> JSONResponse:
+        example = json.dumps(examples[request.url.path])
+        return JSONResponse({"detail": f"The body is not JSON in UTF-8. Example: {example}"}, 400)
 
     @app.exception_handler(UserError)
     async def user_error(request: Request, error: UserError) -> JSONResponse:
@@ -426,7 +444,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 # %% ../nbs/56_serve.ipynb #258fc9e7
 def create_app(
     service:PredictionService, # that answers
-) -> LimitsMiddleware:
+) -> ASGIApp:
     "The ASGI application: routes, pages and error handlers, behind the limits."
     engine = service.engine
     security = [Depends(HTTPBearer(auto_error=False))] if service.token else []
@@ -438,10 +456,14 @@ def create_app(
     _add_error_handlers(app)
     add_pages(app)
     paths = frozenset(route.path for route in app.routes)
-    return LimitsMiddleware(app, service.config, service.token, service.metrics, paths)
+    limited = LimitsMiddleware(app, service.config, service.token, service.metrics, paths)
+    origins = service.config.allowed_origins
+    if not origins: return limited
+    return CORSMiddleware(limited, origins, allow_methods=["GET", "POST"],
+                          allow_headers=["authorization", "content-type"])
 
 # %% ../nbs/56_serve.ipynb #85f4e094
-def _start_replica(config: ServeConfig) -> tuple[PredictionService, LimitsMiddleware]:
+def _start_replica(config: ServeConfig) -> tuple[PredictionService, ASGIApp]:
     "Service and application of a replica, created in its process."
     sys.setswitchinterval(0.0005)  # s; a forward pass starts sooner than with Python's 5 ms
     service = PredictionService(config)
@@ -460,7 +482,7 @@ class ClassifierDeployment:
             module = low_priority_pool.submit(importlib.import_module, "madewithml.serve").result()
         self.service, self.limited_app = module._start_replica(config)
 
-    def __serve_build_asgi_app__(self) -> LimitsMiddleware:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         return self.limited_app
 
     def __del__(self):
@@ -474,6 +496,7 @@ def build_app(
     return ClassifierDeployment.bind(config)
 
 # %% ../nbs/56_serve.ipynb #bf5d585c
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _RAY_ENV = {
     "RAY_worker_niceness": "0",  # the default, 15, is meant for batch work
     # Without these, Ray's metrics would be readable by anyone. The port does not exist.
@@ -501,7 +524,8 @@ def run_service(
     config = config or ServeConfig()
     # Replicas that compete for the same processors wait for each other.
     threads = config.threads or max(1, (os.cpu_count() or 1) // replicas)
-    config = config.model_copy(update={"threads": threads})
+    hosts = (*config.allowed_hosts, *_LOOPBACK) if host in _LOOPBACK else config.allowed_hosts
+    config = config.model_copy(update={"threads": threads, "allowed_hosts": hosts})
     _check_config(config)
     shutil.rmtree(get_settings().storage_dir / "serve" / "metrics", ignore_errors=True)
     with (contextlib.closing(HAProxySupervisor(config, host, port)) as supervisor,
@@ -518,8 +542,6 @@ def run_service(
                 serve.shutdown()
 
 # %% ../nbs/56_serve.ipynb #81f71f86
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 @contextlib.contextmanager
 def _termination_event() -> Iterator[threading.Event]:
     "An event that SIGINT and SIGTERM set, for the length of the block."
@@ -547,3 +569,7 @@ def serve_forever(
               flush=True)
         terminated.wait()
         print("Stopping.", flush=True)
+
+# %% ../nbs/56_serve.ipynb #56c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.serve
+    run_command("serve")

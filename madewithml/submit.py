@@ -21,7 +21,7 @@ from .local_cluster import resolve_cluster
 from .storage import copy_tree, exists
 from .tables import COMPANIONS, companion_dir, companion_file, list_table_files
 from .tracking import provenance
-from .utils import content_hash, get_logger
+from .utils import content_hash, get_logger, run_command
 
 # %% ../nbs/81_submit.ipynb #edb14951
 _OUTPUTS = ("--output", "--results-fp", "--best-fp")  # options that name a file to write
@@ -173,3 +173,7 @@ def submit(
     if exists(results):
         copy_tree(results, folder)
     return exit_code
+
+# %% ../nbs/81_submit.ipynb #81c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.submit
+    run_command("submit")

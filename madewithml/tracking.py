@@ -185,20 +185,22 @@ def get_run(
                         "`madewithml get-best-run-id` finds one.") from None
 
 # %% ../nbs/04_tracking.ipynb #b1c288d2
+_ORDERS = {"min": "ASC", "asc": "ASC", "max": "DESC", "desc": "DESC"}
+
 def find_best_run(
     experiment_name:str, # MLflow experiment to search
     metric:str="best_val_loss", # metric whose latest value is compared; `best_…`: selected epoch
-    mode:str="min", # 'min' or 'max'
+    mode:str="min", # 'min' or 'max'; as an order, 'ASC' or 'DESC'
 ) -> str:
     "Id of the finished run with the best value of the metric. Raises: UserError if there is none."
-    if mode not in ("min", "max"):
+    if mode.lower() not in _ORDERS:
         raise UserError(f"--mode must be 'min' or 'max', not {mode!r}.")
     client = mlflow_client()
     experiment = client.get_experiment_by_name(experiment_name)
     if experiment is None:
         uri = get_settings().mlflow_uri
         raise UserError(f"No MLflow experiment {experiment_name!r} at {uri}.", "Train one first.")
-    order = f"metrics.`{metric}` {'ASC' if mode == 'min' else 'DESC'}"
+    order = f"metrics.`{metric}` {_ORDERS[mode.lower()]}"
     try:
         runs = client.search_runs([experiment.experiment_id], "attributes.status = 'FINISHED'",
                                   max_results=1, order_by=[order])

@@ -37,7 +37,7 @@ from .tracking import (CHECKPOINT, create_run, get_or_create_experiment,
     log_best_metrics, mlflow_client)
 from .train_job import TrainJob, worker_entrypoint
 from .train_worker import calibrated_copy, first_intact_checkpoint, read_history
-from .utils import get_logger
+from .utils import get_logger, run_command
 
 # %% ../nbs/24_train.ipynb #1a8866e7
 def resolve_train_job(
@@ -417,3 +417,7 @@ def train_model(
             history = _run_training(job, run_id, train, val, label2id)
             return _finalize_run(
                 job, run_id, history, (len(train), len(val)), list(label2id), repairs)
+
+# %% ../nbs/24_train.ipynb #24c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.train
+    run_command("train")

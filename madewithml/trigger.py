@@ -25,7 +25,7 @@ from urllib3.util import Retry
 
 from .config import TriggerPolicy, UserError
 from .schemas import IngestResult, MonitorResults, TriggerResults
-from .utils import get_logger
+from .utils import get_logger, run_command
 
 # %% ../nbs/65_trigger.ipynb #8a1952f7
 _SUMMARY_FIELDS = {"run_id", "version", "window_start", "window_end", "num_samples",
@@ -391,3 +391,7 @@ def send_webhook(
     if not response.ok or response.is_redirect:
         return f"not delivered: {host} responded with HTTP {response.status_code}"
     return f"delivered to {host} in {time.monotonic() - start:.1f} s"
+
+# %% ../nbs/65_trigger.ipynb #65c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.trigger
+    run_command("trigger")

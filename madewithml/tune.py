@@ -41,7 +41,7 @@ from .train import (allocate_workers, build_trainer, log_new_epochs, prepare_dat
     resolve_train_job)
 from .train_job import TrainJob
 from .train_worker import HISTORY, calibrated_copy
-from .utils import content_hash, get_logger
+from .utils import content_hash, get_logger, run_command
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # no line per study
 
@@ -408,3 +408,7 @@ def tune_model(
     remove_tree(search.trials_uri)
     remove_tree(search.state_uri)
     return results
+
+# %% ../nbs/26_tune.ipynb #26c00001
+if __name__ == "__main__" and "__file__" in globals():  # python -m madewithml.tune
+    run_command("tune")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRIVATE_CLUSTER', 'atomic_path', 'write_json', 'content_hash', 'shorten', 'get_logger', 'temporary_env',
-           'temporary_storage', 'is_process_alive', 'lower_thread_priority']
+           'temporary_storage', 'is_process_alive', 'lower_thread_priority', 'run_command']
 
 # %% ../nbs/01_utils.ipynb #a1054a2f
-import hashlib, json, logging, os, shutil, sys, tempfile, threading, uuid
+import hashlib, importlib, json, logging, os, shutil, sys, tempfile, threading, uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -164,3 +164,13 @@ def lower_thread_priority(
     # Ray's workers may run with a raised niceness already.
     current = os.getpriority(os.PRIO_PROCESS, thread)
     os.setpriority(os.PRIO_PROCESS, thread, max(niceness, current))
+
+# %% ../nbs/01_utils.ipynb #01a00002
+def run_command(
+    *commands:str, # of `madewithml`; the first, unless the first argument names another one
+) -> None:
+    "Runs a command with the arguments of this process, and exits with its code."
+    args = sys.argv[1:]
+    if not (args and args[0].replace("_", "-") in commands):
+        args = [commands[0], *args]
+    importlib.import_module("madewithml.cli").main(args)

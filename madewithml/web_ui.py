@@ -76,6 +76,7 @@ def add_pages(
         return HTMLResponse(ui_page, headers=ui_headers)
 
     @app.get("/docs", include_in_schema=False)
+    @app.get("/redoc", include_in_schema=False)
     async def redirect_to_docs() -> RedirectResponse:
         return RedirectResponse("docs/")
 

@@ -80,14 +80,14 @@ def test_answers_single_items_and_lists_alike(client: TestClient) -> None:
 @pytest.mark.parametrize("description", [None, ""])
 def test_answers_the_clients_of_the_course(path: str, description: str | None,
                                            service: PredictionService) -> None:
-    """Without the final slash, without a content type, with a null: the same answer, at once."""
+    """Without the final slash or a content type, called a form, with a null: the same answer."""
     content = json.dumps({"title": "text", "description": description})
     with TestClient(create_app(service), follow_redirects=False) as client:
-        response = client.post(path, content=content)
-        assert response.status_code == 200, response.text
-        assert response.json() == client.post("/predict/", json={"title": "text"}).json()
-        page = {"origin": "http://elsewhere.example"}
-        assert client.post(path, content=content, headers=page).status_code == 422
+        expected = client.post("/predict/", json={"title": "text"}).json()
+        for kind in ("", "application/x-www-form-urlencoded", "text/plain"):
+            response = client.post(path, content=content, headers={"content-type": kind})
+            assert response.status_code == 200, response.text
+            assert response.json() == expected
         null = client.post(path, content=json.dumps([{"title": "", "description": None}]))
         empty = client.post(path, json=[{"title": ""}])
         assert null.json() == empty.json()
@@ -104,17 +104,88 @@ def test_evaluates_for_the_clients_of_the_course(client: TestClient) -> None:
     assert not {"/predict", "/evaluate"} & set(paths)
 
 
+@pytest.mark.parametrize("path", ["/", "/ui", "/ui/", "/docs/", "/run_id", "/run_id/", "/metrics"])
+def test_reads_work_with_and_without_a_slash(path: str, client: TestClient) -> None:
+    """And HEAD is answered as GET is."""
+    for method in ("GET", "HEAD"):
+        response = client.request(method, path, follow_redirects=False)
+        assert (response.status_code, bool(response.content)) == (200, method == "GET")
+
+
+def test_redoc_leads_to_the_documentation(client: TestClient) -> None:
+    """The page of FastAPI that this service replaces by its own."""
+    assert "swagger" in client.get("/redoc").text
+
+
+@pytest.mark.parametrize("headers", [
+    {"origin": "https://elsewhere.example"},
+    {"origin": "https://elsewhere.example", "sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site"},
+])
+def test_serves_no_page_of_another_site(headers: dict[str, str], client: TestClient) -> None:
+    """A page that a visitor of this machine opens elsewhere cannot use the service."""
+    response = client.post("/predict/", json={"title": "text"}, headers=headers)
+    assert response.status_code == 403
+    assert "--allowed-origin" in response.json()["detail"]
+
+
+def test_serves_the_pages_that_are_named(service: PredictionService) -> None:
+    """They may read the answer, after the browser has asked."""
+    origin = "https://elsewhere.example"
+    page = {"origin": origin, "sec-fetch-site": "cross-site"}
+    config = service.config
+    service.config = config.model_copy(update={"allowed_origins": (origin,)})
+    try:
+        with TestClient(create_app(service)) as client:
+            answer = client.post("/predict/", json={"title": "text"}, headers=page)
+            asked = client.options("/predict/", headers=page | {
+                "access-control-request-method": "POST",
+                "access-control-request-headers": "content-type"})
+            other = client.post("/predict/", json={"title": "text"},
+                                headers=page | {"origin": "https://other.example"})
+    finally:
+        service.config = config
+    assert (answer.status_code, asked.status_code, other.status_code) == (200, 200, 403)
+    assert answer.headers["access-control-allow-origin"] == origin
+    assert asked.headers["access-control-allow-origin"] == origin
+
+
+def test_answers_no_other_host_name(service: PredictionService) -> None:
+    """A name that leads to this machine, but is not its own, is another site's."""
+    config = service.config
+    service.config = config.model_copy(update={"allowed_hosts": ("localhost",)})
+    try:
+        with TestClient(create_app(service)) as client:
+            codes = [client.post("/predict/", json={"title": "text"}, headers={"host": host})
+                     .status_code for host in ("localhost:8000", "elsewhere.example")]
+    finally:
+        service.config = config
+    assert codes == [200, 403]
+
+
 @pytest.mark.parametrize(("body", "detail"), [
     ({"title": "a", "text": "b"}, "text: Extra inputs are not permitted."),
     ({"title": 7}, "title: Input should be a valid string."),
-    ({"titel": "a"}, "title: Field required."),
+    ({"titel": "a"}, "titel: Extra inputs are not permitted."),
+    ({}, "an item needs 'title' or 'description'."),
     ([], "List should have at least 1 item after validation, not 0."),
-    ([{"title": "a"}, {}], "1.title: Field required."),
+    ([{"title": "a"}, {}], "1: an item needs 'title' or 'description'."),
+    ("text", "Input should be a valid dictionary or object to extract fields from."),
 ])
 def test_names_the_wrong_field(body: object, detail: str, client: TestClient) -> None:
     """A body that does not match the schema is answered with the field and the reason."""
     response = client.post("/predict/", json=body)
-    assert (response.status_code, response.json()["detail"]) == (422, detail)
+    found, _, example = response.json()["detail"].partition(" Example: ")
+    assert (response.status_code, found) == (422, detail)
+    assert client.post("/predict/", content=example).status_code == 200
+
+
+@pytest.mark.parametrize("content", [b"title=text", b"", b"{'title': 'text'}", b"\xff"])
+def test_names_a_body_that_is_not_json(content: bytes, client: TestClient) -> None:
+    """A form, nothing, Python: one sentence with an example."""
+    response = client.post("/predict/", content=content)
+    assert response.status_code in (400, 422), response.text
+    assert "Example: {" in response.json()["detail"]
 
 
 def test_reads_no_table_outside_the_allowed_directories(client: TestClient) -> None:
@@ -136,9 +207,13 @@ def test_follows_the_champion_but_not_to_a_corrupt_version(
 
 
 def test_logs_every_prediction(service: PredictionService, folder: Path) -> None:
-    """What the tests above asked for: a list of 59, three single items, four times four."""
+    """As many rows as predictions were counted in the tests above."""
     service.recorder.prediction_log.close()
-    assert parquet.read_table(folder / "log").num_rows == 78
+    lines = service.metrics.text().decode().splitlines()
+    counts = [line for line in lines if line.startswith("madewithml_predictions_total{")]
+    num_predictions = sum(float(line.rsplit(" ", 1)[1]) for line in counts)
+    assert num_predictions > 60
+    assert parquet.read_table(folder / "log").num_rows == num_predictions
 
 
 @contextmanager
