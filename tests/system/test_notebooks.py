@@ -24,6 +24,7 @@ NBS = ROOT / "nbs"
 LAB = ROOT / "tools" / "lab"
 ALL = {path.relative_to(NBS).with_suffix("").as_posix() for path in NBS.rglob("*.ipynb")
        if ".ipynb_checkpoints" not in path.parts}
+TYPES = {"str", "int", "float", "bool", "list", "dict"}  # of parameters
 # Parameters that make each notebook small; SMALL_TABLE stands for the path of a small table.
 SMALL_TABLE = "small.csv"
 FAST = {  # run by `make test`
@@ -64,6 +65,18 @@ def execute(name: str, parameters: dict, folder: Path,
             str(NBS / f"{name}.ipynb"), str(folder / "executed.ipynb"), parameters,
             cwd=str(folder), progress_bar=False, kernel_name="python3",
             extra_arguments=["--log-level=ERROR"])
+
+
+@pytest.mark.parametrize("path", [path for path in sorted(NBS.rglob("*.ipynb"))
+                                  if path.parent.name in ("workloads", "explore")],
+                         ids=lambda path: path.stem)
+def test_parameters_have_a_type_and_a_description(path: Path) -> None:
+    """As `papermill --help-notebook` shows them."""
+    parameters = papermill.inspect_notebook(str(path))
+    assert parameters
+    for name, parameter in parameters.items():
+        assert parameter["inferred_type_name"] in TYPES, name
+        assert parameter["help"], name
 
 
 def get_outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
