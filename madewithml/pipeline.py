@@ -24,11 +24,11 @@ from .config import (CheckFailed, RunOptions, TrainOptions, TuneOptions, UserErr
     run_folder, workload_path)
 from .data import read_training_table, read_with_labels, stratified_split
 from .kernels import forked_kernels
-from .report import record_seconds, write_report
+from .report import check_one_run, record_seconds, write_report
 from .storage import copy_tree, exists, persistent_uri
 from .tables import (
     COMPANIONS, companion_file, list_table_files, table_hash, write_csv)
-from .tracking import mlflow_client
+from .tracking import find_best_run, mlflow_client
 from .utils import (
     atomic_path, content_hash, get_logger, run_command, temporary_env, write_json)
 
@@ -189,10 +189,10 @@ def _shared_results(folder: Path) -> Iterator[None]:
 
 # %% ../nbs/72_pipeline.ipynb #902f6d34
 @contextmanager
-def _workload_session(folder: Path, address: str|None, dashboard: bool = False) -> Iterator[None]:
-    "Shared results, forwarded output, and a Ray session that the notebooks' kernels join."
+def _workload_session(address: str|None, dashboard: bool = False) -> Iterator[None]:
+    "Forwarded output, and a Ray session that the notebooks' kernels join."
     _forward_output()
-    with (_shared_results(folder), ray_session(address, dashboard=dashboard) as cluster,
+    with (ray_session(address, dashboard=dashboard) as cluster,
           temporary_env(worker_env_vars() | {"RAY_ADDRESS": cluster})):
         yield
 
@@ -263,7 +263,7 @@ def run_pipeline(
         list_table_files(predict_loc)
         builders = build_workloads(folder, dataset, holdout, predict_loc, train, trained_run_id,
                                    run.model_name or "")
-        with _workload_session(folder, run.address):
+        with _shared_results(folder), _workload_session(run.address):
             record_seconds(folder, "start", time.perf_counter() - start)
             for build in builders:
                 _run_with_progress(build(), folder, run.force, kernels)
@@ -325,6 +325,8 @@ def parse_parameters(
     return parameters
 
 # %% ../nbs/72_pipeline.ipynb #c4b13f59
+_OF_A_RUN = ("evaluate", "predict", "register")  # of the best of the experiment if none is given
+
 def run_single_workload(
     workload:str, # name of the notebook
     args:list[str], # its parameters as options
@@ -333,9 +335,13 @@ def run_single_workload(
 ) -> Path:
     "Runs one workload notebook; returns the path of its results. Raises: UserError, CheckFailed."
     parameters = parse_parameters(workload, args)
+    if workload in _OF_A_RUN and not parameters.get("run_id"):
+        parameters["run_id"] = find_best_run(get_settings().experiment_name)
     folder = run_folder(run_name)
-    with _workload_session(folder, address, dashboard=workload == "tune"):
-        run_workload(Workload(workload, parameters), folder, force=True)
+    with _shared_results(folder):
+        check_one_run(folder, workload, parameters.get("run_id", ""))
+        with _workload_session(address, dashboard=workload == "tune"):
+            run_workload(Workload(workload, parameters), folder, force=True)
     return folder / f"{workload}.json"
 
 # %% ../nbs/72_pipeline.ipynb #72c00001

@@ -18,6 +18,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from .config import (
     CheckFailed, UserError, get_settings, repo_root, run_folder, workload_path)
 from .local_cluster import resolve_cluster
+from .report import check_one_run
 from .storage import copy_tree, exists
 from .tables import COMPANIONS, companion_dir, companion_file, list_table_files
 from .tracking import provenance
@@ -158,6 +159,8 @@ def submit(
     if workload != "run":
         workload_path(workload)
     folder = run_folder(run_name)
+    options = dict(pairwise(args)) | dict(arg.split("=", 1) for arg in args if "=" in arg)
+    check_one_run(folder, workload, options.get("--run-id", ""))
     dashboard, is_local = resolve_cluster(address or os.environ.get("RAY_ADDRESS"))
     variables = job_env(is_local)
     client = _connect(dashboard)
