@@ -22,6 +22,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of the course's data and model tests."""
+    parser.addoption("--dataset-loc", help="labeled table that tests/data checks and tests/model "
+                                           "evaluates on (default: the embedded ones)")
+    parser.addoption("--run-id", help="MLflow run whose classifier tests/model checks (default: "
+                                      "one is trained)")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A table that is given is checked instead of the embedded ones."""
+    if config.getoption("--dataset-loc") and collection_path.name == "test_datasets.py":
+        return True
+    return None
+
+
 def get_clean_env(**variables: str) -> dict[str, str]:
     """This process's environment for a command of the project, without what points it elsewhere."""
     prefixes = ("MADEWITHML_", "RAY_", "GITHUB_", "MAKE", "MFLAGS")
