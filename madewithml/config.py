@@ -270,8 +270,15 @@ class TrainConfig(Options):
     weight_decay: float = Field(0.01, ge=0, le=1,
         description="decoupled weight decay of AdamW, on matrices only")
     warmup_ratio: float = Field(0.1, ge=0, le=1,
-        description="fraction of the steps in which the learning rate rises; then it decays "
-                    "linearly")
+        description="fraction of the steps in which the learning rate rises")
+    schedule: Literal["linear", "cosine", "constant", "plateau"] | None = Field(None,
+        description="learning rate after it has risen: linear or cosine decay to 0, constant, or "
+                    "lowered when the validation loss stops falling (default: plateau if "
+                    "lr_factor or lr_patience is given, else linear)")
+    lr_factor: float | None = Field(None, gt=0, lt=1,
+        description="what the learning rate is multiplied by on a plateau (default: 0.8)")
+    lr_patience: int | None = Field(None, ge=0,
+        description="epochs without a lower validation loss before that (default: 3)")
     max_grad_norm: float = Field(1.0, gt=0, description="maximum L2 norm of the gradients")
     label_smoothing: float = Field(0.1, ge=0, lt=1,
         description="probability mass moved from the label to all classes")
@@ -287,6 +294,18 @@ class TrainConfig(Options):
         description="consecutive epochs with a clearly worse validation loss that stop training")
     val_size: float = Field(0.1, gt=0, lt=1,
         description="fraction of the table held out for validation")
+
+    @property
+    def lr_schedule(self) -> str:
+        "The schedule in use."
+        has_plateau = (self.lr_factor, self.lr_patience) != (None, None)
+        return self.schedule or ("plateau" if has_plateau else "linear")
+
+    @property
+    def plateau(self) -> dict[str, Any]:
+        "`lr_factor` and `lr_patience` in use."
+        return {"lr_factor": self.lr_factor or 0.8,
+                "lr_patience": 3 if self.lr_patience is None else self.lr_patience}
 
 # %% ../nbs/00_config.ipynb #200a23ad
 def parse_train_config(

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SINGLE_WORKER', 'freeze_layers', 'compute_frozen_outputs', 'parameter_groups', 'linear_probe_init',
-           'compute_class_weights', 'get_class_weights', 'training_loss', 'WorkerContext', 'FineTuner', 'train_epoch',
-           'fit_temperature', 'apply_temperature', 'evaluate_epoch', 'select_epoch', 'should_stop', 'train_epochs',
-           'total_steps', 'fine_tune']
+           'compute_class_weights', 'get_class_weights', 'training_loss', 'schedule_factor', 'plateau_factor',
+           'WorkerContext', 'FineTuner', 'train_epoch', 'fit_temperature', 'apply_temperature', 'evaluate_epoch',
+           'select_epoch', 'should_stop', 'train_epochs', 'total_steps', 'fine_tune']
 
 # %% ../nbs/21_finetune.ipynb #15079bef
-import time
+import math, time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, get_linear_schedule_with_warmup
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import PreTrainedModel
 
 from .config import TrainConfig, UserError
 from .data import RaggedTokens, length_grouped_batches, shard_batches
@@ -203,6 +204,33 @@ def training_loss(
     return cross_entropy(logits.float(), labels, class_weights, reduction="none",
                          label_smoothing=config.label_smoothing)
 
+# %% ../nbs/21_finetune.ipynb #21a00002
+def schedule_factor(
+    config:TrainConfig, # with the schedule and `warmup_ratio`
+    step:int, # steps done
+    num_steps:int, # of the whole training
+) -> float:
+    "Share of the peak learning rate in the next step, without the effect of a plateau."
+    warmup_steps = round(config.warmup_ratio * num_steps)
+    if step < warmup_steps: return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+    if config.lr_schedule == "linear": return 1 - progress
+    if config.lr_schedule == "cosine": return (1 + math.cos(math.pi * progress)) / 2
+    return 1.0
+
+def plateau_factor(
+    config:TrainConfig, # with the schedule
+    val_losses:list[float], # of the epochs done
+) -> float:
+    "Share of the peak learning rate that plateaus of the validation loss leave."
+    if config.lr_schedule != "plateau": return 1.0
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = ReduceLROnPlateau(optimizer, factor=config.plateau["lr_factor"],
+                                  patience=config.plateau["lr_patience"])
+    for loss in val_losses:
+        scheduler.step(loss)
+    return optimizer.param_groups[0]["lr"]
+
 # %% ../nbs/21_finetune.ipynb #a0423e53
 @dataclass(frozen=True)
 class WorkerContext:
@@ -241,11 +269,17 @@ class FineTuner:
         self.trainable_parameters = [part for part in model.parameters() if part.requires_grad]
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
-        self.scheduler = get_linear_schedule_with_warmup(
-            self.optimizer, round(config.warmup_ratio * num_steps), num_steps)
+        self.num_steps, self.step = num_steps, 0
+        self.plateau_factor = 1.0  # see `train_epochs`
         self.class_weights = None
         if class_weights is not None:
             self.class_weights = torch.from_numpy(class_weights).to(model.device)
+
+    @property
+    def lr(self) -> float:
+        "Learning rate of the next step."
+        factor = schedule_factor(self.config, self.step, self.num_steps)
+        return self.config.lr * factor * self.plateau_factor
 
     def train_step(self,
         train:RaggedTokens, # training rows, or their `compute_frozen_outputs`
@@ -261,19 +295,21 @@ class FineTuner:
         loss = row_losses.sum() * self.worker.world_size / batch_size
         loss.backward()
         nn.utils.clip_grad_norm_(self.trainable_parameters, self.config.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
         self.optimizer.step()
-        self.scheduler.step()
+        self.step += 1
         self.optimizer.zero_grad(set_to_none=True)
         return row_losses.detach().sum()
 
     def state_dict(self) -> dict[str, Any]:
         "What a resumed training needs besides the model's weights."
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.scheduler.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         "Restores what `state_dict` returned."
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["schedule"])
+        self.step = state["step"]
 
 # %% ../nbs/21_finetune.ipynb #63cca02a
 def train_epoch(
@@ -294,7 +330,7 @@ def train_epoch(
     begin = time.perf_counter()
     with training_mode(trainer.model):
         for step, (rows, batch_size) in enumerate(local_batches, 1):
-            lr = trainer.scheduler.get_last_lr()[0]
+            lr = trainer.lr
             loss_sum += trainer.train_step(train, rows, batch_size)
             num_rows += len(rows)
             on_step(step, len(local_batches))
@@ -396,6 +432,8 @@ def train_epochs(
     history = list(history or [])
     while len(history) < config.num_epochs and not should_stop(history, config.patience):
         epoch = len(history) + 1
+        val_losses = [metrics.val_loss for metrics in history]
+        trainer.plateau_factor = plateau_factor(config, val_losses)
         result = train_epoch(trainer, train, epoch, partial(on_step, epoch))
         results = trainer.worker.all_gather(result)
         history.append(_combine(epoch, results, evaluate_epoch(trainer, val)))

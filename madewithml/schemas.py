@@ -111,6 +111,8 @@ class TuneResults(BaseResults):
     experiment_name: str
     dataset_loc: str
     dataset_digest: str
+    params: dict[str, Any] = Field(description="of the best trial, as in TrainResults")
+    metrics: list[EpochMetrics] = Field(description="of the best trial")
     search_space: dict[str, dict[str, list]]
     trials: list[Trial]
     best_trial: str

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SEARCH_SPACE', 'KINDS', 'Choice', 'Uniform', 'LogUniform', 'RandInt', 'LogRandInt', 'parse_search_space',
-           'parse_initial_params']
+           'parse_initial_params', 'resolve_search']
 
 # %% ../nbs/25_search_space.ipynb #c14ce30f
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError
@@ -22,7 +22,7 @@ SEARCH_SPACE = {
     "batch_size": {"choice": [8, 16, 32]},
     "num_frozen_layers": {"choice": [0, 2, 3, 4]},
     "label_smoothing": {"uniform": [0.0, 0.2]},
-    "dropout_p": {"uniform": [0.0, 0.3]},
+    "dropout_p": {"uniform": [0.0, 0.5]},
     "weight_decay": {"loguniform": [1e-3, 1e-1]},
 }
 
@@ -71,7 +71,8 @@ def _check_values(name: str, distribution: Options) -> list:
     is_integer = kind in ("randint", "lograndint")
     for value in (low, high - 1 if is_integer else high):
         _train_value(name, value)
-    if not is_integer and TrainConfig.model_fields[name].annotation is not float:
+    annotation = TrainConfig.model_fields[name].annotation
+    if not is_integer and float not in (annotation, *get_args(annotation)):
         raise ValueError(f"{kind} draws no valid integer; use randint, lograndint or choice")
     return [low, high]
 
@@ -137,7 +138,8 @@ def _complete_point(point: dict, space: dict, config: TrainConfig) -> dict[str, 
     except ValidationError as error:
         reason = error.errors()[0]
         raise UserError(f"--initial-params: {reason['loc'][0]!r}: {reason['msg']}.") from None
-    return {name: getattr(complete, name) for name in space}
+    values = complete.model_dump() | complete.plateau
+    return {name: values[name] for name in space}
 
 # %% ../nbs/25_search_space.ipynb #020d37ff
 def _is_possible(value: Any, distribution: dict[str, list]) -> bool:
@@ -171,3 +173,18 @@ def parse_initial_params(
                 raise UserError(f"--initial-params: {name!r}: {value} is not in the search space.",
                                 f"It has {json.dumps(space[name])}.")
     return points
+
+# %% ../nbs/25_search_space.ipynb #25a00002
+_PLATEAU_SPACE = {"lr_factor": {"uniform": [0.1, 0.9]}, "lr_patience": {"randint": [1, 11]}}
+
+def resolve_search(
+    search_space:str, # see `parse_search_space`
+    initial_params:str, # see `parse_initial_params`
+    config:TrainConfig, # see `parse_initial_params`
+) -> tuple[dict[str, dict[str, list]], list[dict[str, Any]]]:
+    "The search space and the points to try first. Raises: UserError."
+    space = parse_search_space(search_space)
+    if not search_space.strip() and initial_params.strip():
+        named = {name for point in _read_points(initial_params) for name in point}
+        space = space | {name: _PLATEAU_SPACE[name] for name in _PLATEAU_SPACE if name in named}
+    return space, parse_initial_params(initial_params, space, config)

@@ -33,7 +33,7 @@ from .data import RaggedTokens
 from .finetune import select_epoch, should_stop
 from .plots import format_value, plot_trials
 from .schemas import EpochMetrics, Trial, TuneResults
-from .search_space import parse_initial_params, parse_search_space
+from .search_space import parse_search_space, resolve_search
 from .storage import find_corruption, persistent_uri, remove_tree, resolve_uri
 from .tracking import (CHECKPOINT, create_run, get_or_create_experiment,
     log_best_metrics, mlflow_client)
@@ -376,7 +376,8 @@ def _finalize_search(search: Search, parent_id: str, grid: tune.ResultGrid) -> T
     results = TuneResults(
         run_id=parent_id, name=search.name, experiment_name=job.options.experiment_name,
         dataset_loc=job.dataset_loc, dataset_digest=job.dataset_digest,
-        search_space=search.space, trials=[trial for _, trial in pairs], best_trial=best.trial_id,
+        params=job.params() | best.params, metrics=best.metrics, search_space=search.space,
+        trials=[trial for _, trial in pairs], best_trial=best.trial_id,
         best_params=job.options.config.model_dump() | best.params,
         baseline_val_loss=_baseline_val_loss(trials, search.points),
         importance=param_importances(trials, search.space))
@@ -390,8 +391,7 @@ def tune_model(
     tuning:TuneOptions=TuneOptions(), # of the search
 ) -> TuneResults:
     "Every trial and the best; the parent MLflow run has its classifier. Raises: UserError."
-    space = parse_search_space(tuning.search_space)
-    points = parse_initial_params(tuning.initial_params, space, options.config)
+    space, points = resolve_search(tuning.search_space, tuning.initial_params, options.config)
     check_cluster()
     mlflow_client()  # as in `train_model`
     job = resolve_train_job(dataset_loc, options)
