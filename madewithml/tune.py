@@ -33,7 +33,7 @@ from .data import RaggedTokens
 from .finetune import select_epoch, should_stop
 from .plots import format_value, plot_trials
 from .schemas import EpochMetrics, Trial, TuneResults
-from .search_space import parse_search_space, resolve_search
+from .search_space import resolve_search
 from .storage import find_corruption, persistent_uri, remove_tree, resolve_uri
 from .tracking import (CHECKPOINT, create_run, get_or_create_experiment,
     log_best_metrics, mlflow_client)
