@@ -243,18 +243,27 @@ class Engine:
         map_parts:Callable=map, # see `infer_by_length`
     ) -> np.ndarray:
         "Probabilities, (texts, labels), in this thread; borderline texts are computed in fp32."
-        runtime, facts = self.runtime, self.facts
+        probabilities = infer_by_length(self.runtime.forward, ids, self.facts, map_parts)
+        return self.refine(probabilities, ids, self.threshold)
+
+    def refine(self,
+        probabilities:np.ndarray, # of the texts, (texts, labels); changed in place
+        ids:list[list[int]], # token ids of each text
+        threshold:float, # minimum probability of a label
+    ) -> np.ndarray:
+        "The probabilities, in fp32 for texts that are borderline at this threshold."
         recompute = lambda rows: infer_by_length(
-            runtime.fp32_forward, [ids[i] for i in rows], facts)
-        return recompute_borderline(infer_by_length(runtime.forward, ids, facts, map_parts),
-                                    recompute, runtime.precision, self.threshold)
+            self.runtime.fp32_forward, [ids[i] for i in rows], self.facts)
+        return recompute_borderline(
+            probabilities, recompute, self.runtime.precision, threshold)
 
     def format(self,
         probabilities:np.ndarray, # of `infer`
+        threshold:float|None=None, # minimum probability of a label; None: the engine's
     ) -> list[dict[str, Any]]:
         "Prediction and probabilities of each text, see `probabilities.format_predictions`."
-        return format_predictions(
-            probabilities, self.labels, self.fallback_label, self.threshold)
+        threshold = self.threshold if threshold is None else threshold
+        return format_predictions(probabilities, self.labels, self.fallback_label, threshold)
 
     def predict_proba(self,
         texts:list[str], # joined texts, see `data.join_text`

@@ -141,7 +141,8 @@ def has_valid_token(
     return hmac.compare_digest(credentials.strip(), token)
 
 # %% ../nbs/51_middleware.ipynb #7bb31bc6
-PUBLIC_PATHS = ("/", "/v2/health/live", "/v2/health/ready")  # without a token, for load balancers
+# Without a token, for load balancers.
+PUBLIC_PATHS = ("/", "/v2/health/live", "/v2/health/ready", "/ping", "/health")
 
 _SECURITY_HEADERS = {
     b"x-content-type-options": b"nosniff",
@@ -210,14 +211,15 @@ def complete_scope(
     scope:dict[str, Any], # ASGI's description of a request
     routes:frozenset[str], # paths of the application
 ) -> dict[str, Any]:
-    "The scope as the routes expect it: their final slash, GET for HEAD, and a body in JSON."
+    "The scope as the routes expect it: their final slash, GET for HEAD, a body in JSON or CSV."
     path, method = scope["path"], scope["method"]
     others = (f"{path}/", path.rstrip("/"))
     if path not in routes and (other := next((each for each in others if each in routes), "")):
         scope = scope | {"path": other, "raw_path": other.encode()}
     if method == "HEAD":  # the web server leaves out the body
         return scope | {"method": "GET"}
-    if method == "POST":
+    kind = dict(scope["headers"]).get(b"content-type", b"")
+    if method == "POST" and not kind.startswith(b"text/csv"):
         named = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
         scope = scope | {"headers": [*named, (b"content-type", b"application/json")]}
     return scope
@@ -286,7 +288,8 @@ class LimitsMiddleware:
         finally:
             self.in_flight -= 1
             self.metrics.in_flight.dec()
-            route = scope["path"] if scope["path"] in self.routes else "other"
+            is_route = scope["path"] in self.routes
+            route = getattr(scope.get("route"), "path", scope["path"] if is_route else "other")
             self.metrics.count_request(route, sender.status, time.perf_counter() - begin)
 
     def _check_source(self, method: str, headers: dict[bytes, bytes]) -> None:

@@ -35,6 +35,8 @@ from .haproxy import HAProxySupervisor
 from .middleware import LimitsMiddleware, RequestRejected, ServiceMetrics
 from .model_watcher import ModelWatcher, ShadowChallenger
 from .prediction_log import PredictionLog
+from .probabilities import resolve_threshold
+from .protocols import add_protocol_routes
 from .schemas import BaseResults
 from .tracking import get_run, provenance
 from .utils import get_logger, lower_thread_priority, run_command, temporary_env
@@ -123,14 +125,14 @@ class _Recorder:
         self.shadow = ShadowChallenger(config, metrics) if config.shadow_challenger else None
 
     def record(self, engine: Engine, text: str, ids: list[int], answer: dict[str, Any],
-               confidence: float) -> None:
+               confidence: float, threshold: float) -> None:
         prediction = answer["prediction"]
         self.metrics.count_prediction(prediction, confidence, engine.version, len(engine.labels))
         if self.prediction_log:
             self.prediction_log.add(
                 text, version=engine.version, run_id=engine.run_id, num_tokens=len(ids),
                 unknown_tokens=ids.count(engine.facts.unknown_id), prediction=prediction,
-                confidence=confidence, threshold=engine.threshold,
+                confidence=confidence, threshold=threshold,
                 probabilities=answer["probabilities"])
         if self.shadow:
             self.shadow.add(text, prediction, engine.version)
@@ -182,17 +184,24 @@ class PredictionService:
 
     async def predict(self,
         texts:list[str], # joined texts, see `data.join_text`
+        threshold:float|None=None, # minimum probability of a label; None: the service's
     ) -> tuple[Engine, list[dict[str, Any]]]:
-        "The engine, and prediction and probabilities of each text. Raises: RequestRejected."
+        """The engine, and prediction and probabilities of each text. Raises: RequestRejected,
+        UserError."""
         engine = self.engine
+        if threshold is not None:
+            resolve_threshold(engine.fallback_label, threshold)
         encode = lambda: [engine.encode(text) for text in texts]
         is_short = sum(map(len, texts)) < _MAX_INLINE_CHARS
         ids = encode() if is_short else await asyncio.to_thread(encode)
         probabilities = await self.batcher.batched_infer(engine, ids)
-        answers = engine.format(probabilities)
+        if threshold is not None:
+            probabilities = await self.batcher.run(engine.refine, probabilities, ids, threshold)
+        answers = engine.format(probabilities, threshold)
+        used = engine.threshold if threshold is None else threshold
         confidences = probabilities.max(1).tolist()
         for text, row, answer, confidence in zip(texts, ids, answers, confidences, strict=True):
-            self.recorder.record(engine, text, row, answer, confidence)
+            self.recorder.record(engine, text, row, answer, confidence, used)
         return engine, answers
 
 # %% ../nbs/56_serve.ipynb #88196175
@@ -454,6 +463,7 @@ def create_app(
     _add_status_routes(app, service)
     _add_prediction_routes(app, service)
     _add_error_handlers(app)
+    add_protocol_routes(app, service)
     add_pages(app)
     paths = frozenset(route.path for route in app.routes)
     limited = LimitsMiddleware(app, service.config, service.token, service.metrics, paths)

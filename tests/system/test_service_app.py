@@ -188,6 +188,89 @@ def test_names_a_body_that_is_not_json(content: bytes, client: TestClient) -> No
     assert "Example: {" in response.json()["detail"]
 
 
+TEXTS = ["BERT reads", "YOLO sees", ""]
+
+
+def v2_request(**parameters: object) -> dict:
+    """The texts as a request of the Open Inference Protocol."""
+    titles = {"name": "title", "shape": [3], "datatype": "BYTES", "data": TEXTS}
+    notes = {"name": "description", "shape": [3], "datatype": "BYTES", "data": ["a", "b", "c"]}
+    return {"id": "7", "inputs": [titles, notes], "parameters": parameters}
+
+
+def expected_answers(client: TestClient) -> list[dict]:
+    items = [{"title": text, "description": note} for text, note in zip(TEXTS, "abc", strict=True)]
+    return client.post("/predict/", json=items).json()["results"]
+
+
+def test_open_inference_protocol(client: TestClient, service: PredictionService) -> None:
+    """Metadata of server and model, ready, and the same answers as `/predict/`."""
+    version = str(service.engine.version)
+    base = "/v2/models/madewithml"
+    assert client.get("/v2").json()["extensions"] == ["binary_tensor_data"]
+    metadata = client.get(base).json()
+    assert metadata["versions"] == [version]
+    assert [each["name"] for each in metadata["inputs"]] == ["title", "description"]
+    for path in (base, f"{base}/versions/{version}"):
+        assert client.get(f"{path}/ready").json() == {"name": "madewithml", "ready": True}
+        answer = client.post(f"{path}/infer", json=v2_request(top_k=2)).json()
+        assert (answer["id"], answer["model_version"]) == ("7", version)
+        outputs = {each["name"]: each for each in answer["outputs"]}
+        expected = expected_answers(client)
+        assert outputs["label"]["data"] == [each["prediction"] for each in expected]
+        ranked = [list(each["probabilities"])[:2] for each in expected]
+        assert outputs["top_labels"]["data"] == sum(ranked, [])
+        labels = metadata["parameters"]["labels"]
+        assert outputs["probabilities"]["shape"] == [3, len(labels)]
+        assert outputs["probabilities"]["data"][:len(labels)] == [
+            expected[0]["probabilities"][label] for label in labels]
+
+
+@pytest.mark.parametrize(("path", "change", "status", "error"), [
+    ("/v2/models/other", {}, 404, "There is no model 'other', only 'madewithml'."),
+    ("/v2/models/madewithml/versions/99", {}, 404, "Version '99' is not served"),
+    ("/v2/models/madewithml", {"inputs": []}, 400, "inputs: List should have at least 1 item"),
+    ("/v2/models/madewithml", {"outputs": [{"name": "x"}]}, 400, "There is no output 'x'"),
+    ("/v2/models/madewithml", {"parameters": {"top_k": 0}}, 400, "parameters: top_k"),
+    ("/v2/models/madewithml", {"parameters": {"threshold": 0.9}}, 400, "needs a fallback label"),
+])
+def test_open_inference_protocol_errors(path: str, change: dict, status: int, error: str,
+                                        client: TestClient) -> None:
+    """In the protocol's own form, one sentence."""
+    response = client.post(f"{path}/infer", json=v2_request() | change)
+    assert response.status_code == status
+    assert response.json()["error"].startswith(error) or error in response.json()["error"]
+
+
+def test_mlflow_scoring_protocol(client: TestClient) -> None:
+    """`/ping`, and the same labels as `/predict/` from each form of a table."""
+    assert client.get("/ping").status_code == client.get("/health").status_code == 200
+    expected = [each["prediction"] for each in expected_answers(client)]
+    rows = [{"title": text, "description": note} for text, note in zip(TEXTS, "abc", strict=True)]
+    split = {"columns": ["description", "title"],
+             "data": [[row["description"], row["title"]] for row in rows]}
+    columns = {name: [row[name] for row in rows] for name in ("title", "description")}
+    for body in ({"dataframe_records": rows}, {"dataframe_split": split}, {"instances": rows},
+                 {"inputs": columns, "params": {"top_k": 2}}):
+        predictions = client.post("/invocations", json=body).json()["predictions"]
+        assert [each["label"] for each in predictions] == expected
+    assert len(predictions[0]["probabilities"]) == 2
+    table = "title,description\nBERT reads,a\nYOLO sees,b\n,c\n"
+    answer = client.post("/invocations", content=table, headers={"content-type": "text/csv"})
+    assert [each["label"] for each in answer.json()["predictions"]] == expected
+    wrong = client.post("/invocations", json={"rows": rows})
+    assert (wrong.status_code, wrong.json()["error_code"]) == (400, "BAD_REQUEST")
+
+
+def test_protocols_have_the_same_limits(client: TestClient, service: PredictionService) -> None:
+    """As many items and characters as `/predict/` takes, and no more."""
+    limit = service.config.max_items_per_request
+    rows = [{"title": "a"}] * (limit + 1)
+    for body in ({"instances": rows}, {"instances": [{"title": "a" * 50_001}]}, {"instances": []}):
+        assert client.post("/invocations", json=body).status_code == 400
+    assert client.post("/invocations", json={"instances": rows[:limit]}).status_code == 200
+
+
 def test_reads_no_table_outside_the_allowed_directories(client: TestClient) -> None:
     """A path that leaves the directory is as good as a missing one."""
     assert client.post("/evaluate/", json={"dataset": "../settings.ini"}).status_code == 404
