@@ -130,7 +130,7 @@ def check_papermill(args: list[str]) -> None:
     """The notebook has these parameters."""
     cells = nbformat.read(ROOT / args[0], as_version=4).cells
     cell = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    known = set(re.findall(r"^(\w+) =", cell.source, flags=re.M))
+    known = set(re.findall(r"^(\w+): \w+ =", cell.source, flags=re.M))
     assert {args[i + 1] for i, arg in enumerate(args) if arg == "-p"} <= known, args
 
 
