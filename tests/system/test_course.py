@@ -33,7 +33,7 @@ def wait_for(url: str, process: subprocess.Popen) -> None:
         try:
             requests.get(url, timeout=5)
             return
-        except requests.ConnectionError:
+        except (requests.ConnectionError, requests.Timeout):
             time.sleep(0.5)
 
 
