@@ -142,6 +142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'madewithml.data.clean_text': ('data.html#clean_text', 'madewithml/data.py'),
                                  'madewithml.data.collate': ('data.html#collate', 'madewithml/data.py'),
                                  'madewithml.data.count_words': ('data.html#count_words', 'madewithml/data.py'),
+                                 'madewithml.data.item_texts': ('data.html#item_texts', 'madewithml/data.py'),
                                  'madewithml.data.join_text': ('data.html#join_text', 'madewithml/data.py'),
                                  'madewithml.data.length_grouped_batches': ('data.html#length_grouped_batches', 'madewithml/data.py'),
                                  'madewithml.data.normalize_label': ('data.html#normalize_label', 'madewithml/data.py'),

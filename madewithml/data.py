@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STOPWORDS', 'open_checked_table', 'row_number', 'read_table', 'normalize_label', 'read_with_labels',
            'read_labeled_table', 'as_user_errors', 'clean_text', 'count_words', 'check_known_labels', 'join_text',
-           'build_texts', 'table_texts', 'repair_rows', 'read_training_table', 'normalized_key', 'stratified_split',
-           'stratified_sample', 'build_label2id', 'RaggedTokens', 'tokenize', 'length_grouped_batches', 'shard_batches',
-           'pad_sequences', 'collate']
+           'build_texts', 'table_texts', 'item_texts', 'repair_rows', 'read_training_table', 'normalized_key',
+           'stratified_split', 'stratified_sample', 'build_label2id', 'RaggedTokens', 'tokenize',
+           'length_grouped_batches', 'shard_batches', 'pad_sequences', 'collate']
 
 # %% ../nbs/10_data.ipynb #6cf46005
 import re, unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -232,6 +232,14 @@ def table_texts(
     names = columns or get_settings().text_columns
     return build_texts(pd.DataFrame({name: text_column(table, name, loc).to_pandas()
                                      for name in names}), columns=names)
+
+# %% ../nbs/10_data.ipynb #10a00030
+def item_texts(
+    items:Sequence[Mapping[str, str|None]], # text columns by name; missing ones and None are empty
+) -> list[str]:
+    "The text of each item."
+    columns = get_settings().text_columns
+    return [join_text(*(item.get(name) or "" for name in columns)) for item in items]
 
 # %% ../nbs/10_data.ipynb #0de17a91
 _NUM_EXAMPLES = 5  # that a repair lists

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from .config import UserError, get_settings
-from .data import join_text, pad_sequences
+from .config import UserError
+from .data import item_texts, pad_sequences
 from .graph import (
     ClassifierFacts, Forward, classifier_facts, compile_graph, keep_graph, load_graph,
     resolve_cpu_precision, torch_forward)
@@ -278,6 +278,4 @@ class Engine:
         items:list[dict[str, str]], # text columns of each item; missing ones are empty
     ) -> list[dict[str, Any]]:
         "Prediction and probabilities of each item, in descending order."
-        columns = get_settings().text_columns
-        texts = [join_text(*(item.get(name, "") for name in columns)) for item in items]
-        return self.format(self.predict_proba(texts))
+        return self.format(self.predict_proba(item_texts(items)))

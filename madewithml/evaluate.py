@@ -32,12 +32,12 @@ from .schemas import (
     Misclassification, OverallMetrics)
 from .tables import companion_file, table_hash
 from .tracking import fetch_checkpoint, get_run
+from .utils import run_command
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.pipeline import Pipeline
     from tokenizers import Encoding, Tokenizer
-from .utils import run_command
 
 # %% ../nbs/30_evaluate.ipynb #808716d9
 def classification_metrics(

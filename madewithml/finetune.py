@@ -295,8 +295,9 @@ class FineTuner:
         loss = row_losses.sum() * self.worker.world_size / batch_size
         loss.backward()
         nn.utils.clip_grad_norm_(self.trainable_parameters, self.config.max_grad_norm)
+        lr = self.lr
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            group["lr"] = lr
         self.optimizer.step()
         self.step += 1
         self.optimizer.zero_grad(set_to_none=True)

@@ -245,9 +245,10 @@ def is_known_host(
     allowed_hosts:tuple[str, ...], # names without port; none: any
 ) -> bool:
     "Whether `Host` is an allowed name, or missing, which it is in no browser."
+    if not allowed_hosts: return True
     host = headers.get(b"host", b"").decode("latin-1").lower()
     name = re.sub(r":\d+$", "", host).strip("[]")
-    return not (name and allowed_hosts) or name in allowed_hosts
+    return not name or name in allowed_hosts
 
 # %% ../nbs/51_middleware.ipynb #25a9a341
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")

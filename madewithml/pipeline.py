@@ -275,11 +275,8 @@ _OPTION_GROUPS = {"train_options": (TrainOptions, parse_train_options),
 
 def _default_parameters(workload: str) -> dict[str, Any]:
     "The parameters of a workload's notebook with their defaults."
-    notebook = nbformat.read(workload_path(workload), as_version=4)
-    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    return {ast.unparse(statement.target): ast.literal_eval(ast.unparse(statement.value))
-            for statement in ast.parse(cell.source).body
-            if isinstance(statement, ast.AnnAssign) and statement.value}
+    parameters = papermill.inspect_notebook(_literal(workload_path(workload)))
+    return {name: ast.literal_eval(each["default"]) for name, each in parameters.items()}
 
 # %% ../nbs/72_pipeline.ipynb #1d580e3f
 def _read_options(args: list[str], known: dict[str, Any], workload: str) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from . import __version__
 from .config import ServeConfig, UserError, format_validation_error, get_settings
-from .data import join_text
+from .data import item_texts
 from .engine import Engine
 
 # %% ../nbs/50_protocols.ipynb #50000006
@@ -262,10 +262,8 @@ async def _predict_items(service: Predictor, items: list[dict[str, str]],
                             f"not {len(items)}.")
     if any(len(text) > limits.max_text_chars for item in items for text in item.values()):
         raise ProtocolError(f"A text may have {limits.max_text_chars} characters.")
-    columns = get_settings().text_columns
-    texts = [join_text(*(item.get(name, "") for name in columns)) for item in items]
     try:
-        return await service.predict(texts, parameters.threshold)
+        return await service.predict(item_texts(items), parameters.threshold)
     except UserError as error:  # a threshold without a fallback label
         raise ProtocolError(str(error)) from None
 
@@ -316,6 +314,7 @@ def _add_v2_routes(app: FastAPI, service: Predictor) -> None:
     columns = get_settings().text_columns
     example = {"inputs": [{"name": columns[0], "shape": [1], "datatype": "BYTES",
                            "data": ["A text to classify"]}], "parameters": {"top_k": 2}}
+    body = _body(_inline_schema(InferRequest), example)
 
     @app.get("/v2", summary="Name and version of the server")
     async def server() -> dict[str, Any]:
@@ -334,9 +333,9 @@ def _add_v2_routes(app: FastAPI, service: Predictor) -> None:
         return {"name": name, "ready": True}
 
     @app.post("/v2/models/{name}/infer", summary="Predict tensors of texts",
-              responses=_V2_RESPONSES, openapi_extra=_body(_inline_schema(InferRequest), example))
+              responses=_V2_RESPONSES, openapi_extra=body)
     @app.post("/v2/models/{name}/versions/{version}/infer", responses=_V2_RESPONSES,
-              openapi_extra=_body(_inline_schema(InferRequest), example))
+              openapi_extra=body)
     async def infer(name: str, request: Request, version: str|None = None) -> JSONResponse:
         _check_model(service, name, version)
         wanted = parse_infer_request(await request.body(), _json_size(request))

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp
 
 from .config import (ServeConfig, UserError, bundled_dir, format_validation_error,
                                get_settings, load_token)
-from .data import build_texts, join_text, read_labeled_table
+from .data import build_texts, item_texts, read_labeled_table
 from .engine import Engine
 from .haproxy import HAProxySupervisor
 from .middleware import LimitsMiddleware, RequestRejected, ServiceMetrics
@@ -189,19 +189,20 @@ class PredictionService:
         """The engine, and prediction and probabilities of each text. Raises: RequestRejected,
         UserError."""
         engine = self.engine
-        if threshold is not None:
+        if threshold is None:
+            threshold = engine.threshold
+        else:
             resolve_threshold(engine.fallback_label, threshold)
         encode = lambda: [engine.encode(text) for text in texts]
         is_short = sum(map(len, texts)) < _MAX_INLINE_CHARS
         ids = encode() if is_short else await asyncio.to_thread(encode)
         probabilities = await self.batcher.batched_infer(engine, ids)
-        if threshold is not None:
+        if threshold != engine.threshold:
             probabilities = await self.batcher.run(engine.refine, probabilities, ids, threshold)
         answers = engine.format(probabilities, threshold)
-        used = engine.threshold if threshold is None else threshold
         confidences = probabilities.max(1).tolist()
         for text, row, answer, confidence in zip(texts, ids, answers, confidences, strict=True):
-            self.recorder.record(engine, text, row, answer, confidence, used)
+            self.recorder.record(engine, text, row, answer, confidence, threshold)
         return engine, answers
 
 # %% ../nbs/56_serve.ipynb #88196175
@@ -385,8 +386,7 @@ def _add_prediction_routes(app: FastAPI, service: PredictionService) -> None:
     async def predict(
         items: Annotated[Item | Items, Body(openapi_examples=items_shown)]) -> Response:
         items = items if isinstance(items, list) else [items]
-        rows = [item.model_dump().values() for item in items]
-        texts = [join_text(*(part or "" for part in row)) for row in rows]
+        texts = item_texts([item.model_dump() for item in items])
         engine, answers = await service.predict(texts)
         return JSONResponse({"results": answers, **model_info(engine)})
 

@@ -1,19 +1,16 @@
 """The walk of the course, as its page has it: every command and call ends well."""
 import os
 import re
-import signal
+import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
-import requests
 
-from madewithml.ray_session import find_free_ports
 from madewithml.schemas import EvaluateResults, TrainResults, TuneResults, read_results
-from tests.conftest import ROOT, get_clean_env, wait_until_ended
+from tests.conftest import ROOT, Run, get_clean_env
+from tests.system.test_serve import serving
 
 pytestmark = pytest.mark.slow
 PAGE = ROOT / "docs" / "course.md"
@@ -22,19 +19,6 @@ PAGE = ROOT / "docs" / "course.md"
 def read_block(language: str) -> str:
     """The page's block of code in that language."""
     return re.search(f"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[1]
-
-
-def wait_for(url: str, process: subprocess.Popen) -> None:
-    """Until a service answers."""
-    end = time.monotonic() + 180
-    while True:
-        assert process.poll() is None
-        assert time.monotonic() < end
-        try:
-            requests.get(url, timeout=5)
-            return
-        except (requests.ConnectionError, requests.Timeout):
-            time.sleep(0.5)
 
 
 def test_walk(tmp_path: Path) -> None:
@@ -58,28 +42,18 @@ def test_walk(tmp_path: Path) -> None:
     assert evaluation.overall.f1 > 0.85
     assert '"prediction": "natural-language-processing"' in done.stdout
 
-    port, = find_free_ports(1)
-    command = f"exec {serve} --port {port}"
-    with subprocess.Popen(["bash", "-c", command], cwd=ROOT, env=env | {"RUN_ID": run_id},
-                          start_new_session=True, stdout=subprocess.DEVNULL) as process:
-        try:
-            wait_for(f"http://127.0.0.1:{port}/", process)
-            client = read_block("python").replace(":8000", f":{port}")
-            code = re.sub(r"^requests\.post", "answer = requests.post", client, flags=re.MULTILINE)
-            names: dict = {}
-            exec(code, names)  # noqa: S102  the page's own lines
-            assert names["answer"]["run_id"] == run_id
-            result = names["answer"]["results"][0]
-            assert set(result) == {"prediction", "probabilities"}
-            is_sure = max(result["probabilities"].values()) >= 0.9
-            assert is_sure or result["prediction"] == "other"
-            get = lambda path: requests.get(f"http://127.0.0.1:{port}{path}", timeout=10).json()
-            assert get("/") == {"message": "OK", "status-code": 200, "data": {}}
-            assert get("/run_id/") == {"run_id": run_id}
-            answer = requests.post(f"http://127.0.0.1:{port}/evaluate/", timeout=60,
-                                   json={"dataset": "holdout.csv"}).json()
-            assert answer["results"]["overall"]["num_samples"] == evaluation.overall.num_samples
-        finally:
-            children = psutil.Process(process.pid).children(recursive=True)
-            process.send_signal(signal.SIGINT)
-    wait_until_ended(children, 90)
+    _, *command = shlex.split(serve.replace("$RUN_ID", run_id))
+    with serving(Run(tmp_path), command=(sys.executable, *command)) as served:
+        client = read_block("python").replace("http://127.0.0.1:8000", served.url)
+        code = re.sub(r"^requests\.post", "answer = requests.post", client, flags=re.MULTILINE)
+        names: dict = {}
+        exec(code, names)  # noqa: S102  the page's own lines
+        assert names["answer"]["run_id"] == run_id
+        result = names["answer"]["results"][0]
+        assert set(result) == {"prediction", "probabilities"}
+        is_sure = max(result["probabilities"].values()) >= 0.9
+        assert is_sure or result["prediction"] == "other"
+        assert served.get("/").json() == {"message": "OK", "status-code": 200, "data": {}}
+        assert served.get("/run_id/").json() == {"run_id": run_id}
+        answer = served.post("/evaluate/", {"dataset": "holdout.csv"}).json()
+        assert answer["results"]["overall"]["num_samples"] == evaluation.overall.num_samples

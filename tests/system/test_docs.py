@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import papermill
 import psutil
 import pytest
 import typer
@@ -128,9 +129,7 @@ def check_cli(words: list[str]) -> None:
 
 def check_papermill(args: list[str]) -> None:
     """The notebook has these parameters."""
-    cells = nbformat.read(ROOT / args[0], as_version=4).cells
-    cell = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    known = set(re.findall(r"^(\w+): \w+ =", cell.source, flags=re.M))
+    known = set(papermill.inspect_notebook(str(ROOT / args[0])))
     assert {args[i + 1] for i, arg in enumerate(args) if arg == "-p"} <= known, args
 
 

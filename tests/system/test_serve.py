@@ -56,15 +56,15 @@ class Served:
 
 @contextmanager
 def serving(run: Run, *options: str, driver: Path | None = None,
-            **variables: str) -> Iterator[Served]:
+            command: tuple[str, ...] = (CLI, "serve"), **variables: str) -> Iterator[Served]:
     """`madewithml serve`, or a driver, for the length of the block; no process of it remains."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    command = [CLI, "serve", "--port", str(port), *options]
+    words = [*command, "--port", str(port), *options]
     if driver:
-        command = [sys.executable, str(driver), str(port)]
-    with subprocess.Popen(command, cwd=run.folder, env=get_clean_env(**variables),
+        words = [sys.executable, str(driver), str(port)]
+    with subprocess.Popen(words, cwd=run.folder, env=get_clean_env(**variables),
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, start_new_session=True) as process:
         try:
