@@ -1231,6 +1231,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'madewithml.tables._open_text': ('tables.html#_open_text', 'madewithml/tables.py'),
                                    'madewithml.tables._parquet_batches': ('tables.html#_parquet_batches', 'madewithml/tables.py'),
                                    'madewithml.tables._plain_json': ('tables.html#_plain_json', 'madewithml/tables.py'),
+                                   'madewithml.tables._plain_separator': ('tables.html#_plain_separator', 'madewithml/tables.py'),
                                    'madewithml.tables._sample_text': ('tables.html#_sample_text', 'madewithml/tables.py'),
                                    'madewithml.tables._telling_block': ('tables.html#_telling_block', 'madewithml/tables.py'),
                                    'madewithml.tables._without_index': ('tables.html#_without_index', 'madewithml/tables.py'),

@@ -240,10 +240,23 @@ class CsvDialect:
 # %% ../nbs/08_tables.ipynb #08a00042
 _SEPARATORS = ",;\t|"
 
+def _plain_separator(sample: str) -> str:
+    "The only character that splits each line into as many fields; empty if that is unclear."
+    if re.search(rf"\r(?!\n)|\\\"|(?m:^|[{_SEPARATORS}])'", sample): return ""
+    found = []
+    for mark in {*_SEPARATORS} & {*sample.partition("\n")[0]}:
+        quoted = rf'(?m:(^|[{mark}])"(?:[^"\n]|"")*"(?=[{mark}]|\r?$))'
+        unquoted = re.sub(quoted, r"\1", sample)
+        counts = [line.count(mark) for line in unquoted.split("\n") if line.strip("\r")]
+        if '"' not in unquoted and len(counts) > 1 and len({*counts}) == 1:
+            found.append(mark)
+    return found[0] if len(found) == 1 else ""
+
 def sniff_csv_dialect(
     sample:str, # the beginning of the file
 ) -> CsvDialect:
     "Separator, quote and escape character; commas and double quotes if they are unclear."
+    if plain := _plain_separator(sample): return CsvDialect(plain)
     import duckdb
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sample.csv"
