@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNSPACED', 'ColumnProfile', 'profile_column', 'profile_table', 'ColumnChoice', 'choose_columns', 'set_columns',
-           'use_columns_of_table', 'behavior_columns', 'use_settings_of_table', 'use_columns_of_run']
+           'use_columns_of_table', 'behavior_columns', 'use_settings_of_table', 'columns_of_run', 'use_columns_of_run']
 
 # %% ../nbs/09_columns.ipynb #09a00004
 import ast, json, os
@@ -191,11 +191,18 @@ def use_settings_of_table(
     get_settings.cache_clear()
 
 # %% ../nbs/09_columns.ipynb #09a00036
+def columns_of_run(
+    run_id:str, # MLflow run that trained the classifier
+) -> tuple[tuple[str, ...], str]|None:
+    "Text columns and label column of a model; None if not logged. Raises: UserError, no such run."
+    from madewithml.tracking import get_run
+    params = get_run(run_id).data.params
+    if not {"text_columns", "label_column"} <= {*params}: return None
+    return tuple(ast.literal_eval(params["text_columns"])), params["label_column"]
+
 def use_columns_of_run(
     run_id:str, # MLflow run that trained the classifier
 ) -> None:
     "Sets the columns of a model. Raises: UserError for an unknown run."
-    from madewithml.tracking import get_run
-    params = get_run(run_id).data.params
-    if "text_columns" in params and "label_column" in params:
-        set_columns(ast.literal_eval(params["text_columns"]), params["label_column"])
+    columns = columns_of_run(run_id)
+    if columns: set_columns(*columns)

@@ -7,20 +7,25 @@ __all__ = ['get_aliases', 'get_version_run', 'resolve_alias', 'alias_lock', 'pro
            'register_model']
 
 # %% ../nbs/40_registry.ipynb #5c142e66
-import json, tempfile, time, uuid
+import json, time, uuid, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version as package_version
 from pathlib import Path
 
-import mlflow, pandas as pd
+import mlflow
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
-from mlflow.models import infer_signature
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-from .config import CheckFailed, UserError, check_model_name, get_settings
+from .columns import columns_of_run
+from .config import (
+    CheckFailed, UserError, check_model_name, get_settings, package_dir)
+from .probabilities import resolve_threshold
 from .schemas import RegisterResults
-from .tracking import current_user, fetch_checkpoint, get_run, mlflow_client
+from .tracking import (
+    CHECKPOINT, current_user, fetch_checkpoint, get_run, mlflow_client)
 from .utils import run_command
 
 # %% ../nbs/40_registry.ipynb #3c674e4c
@@ -164,36 +169,38 @@ def rollback(
 
 # %% ../nbs/40_registry.ipynb #bb5698fc
 def _pinned_requirements() -> list[str]:
-    packages = ("mlflow", "torch", "transformers")
+    packages = ("mlflow", "pandas", "torch", "transformers")
     return [f"{package}=={package_version(package).split('+')[0]}" for package in packages]
 
+def _signature(text_columns: tuple[str, ...], threshold: float) -> ModelSignature:
+    "The text columns, of which a row needs one; label and score."
+    return ModelSignature(
+        Schema([ColSpec("string", name, required=False) for name in text_columns]),
+        Schema([ColSpec("string", "label"), ColSpec("double", "score")]),
+        ParamSchema([ParamSpec("threshold", "double", threshold)]))
+
 def log_model(
-    run_id:str, # MLflow run to log to
-    folder:str|Path, # directory of a saved classifier
+    run_id:str, # MLflow run to log to, which has the checkpoint
+    folder:str|Path, # directory of the checkpoint
 ) -> str:
     "URI of the logged model, `models:/m-…`."
-    from transformers import pipeline  # takes seconds: it imports every task
-
-    from madewithml.models import load_classifier, quiet_transformers
-    model, tokenizer = load_classifier(folder)
-    # MLflow would record a local path, and would look up any name on a model hub.
-    model.name_or_path = f"run:{run_id}"
-    client = mlflow_client()
-    # Inside `mlflow.start_run` the run would be RUNNING again, and stay so if killed.
     run = get_run(run_id)
-    created = client.create_logged_model(run.info.experiment_id, "model", source_run_id=run_id,
-                                         params=run.data.params)
-    with quiet_transformers():
-        classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
-        example = ["A transformer that summarizes news."]
-        signature = infer_signature(example, pd.DataFrame(classify(example)))
-        logged = mlflow.transformers.log_model(
-            classify, model_id=created.model_id, run_id=run_id, task="text-classification",
-            signature=signature, input_example=example, model_config={"truncation": True},
+    text_columns, _ = columns_of_run(run_id) or (get_settings().text_columns, "")
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    fallback, threshold = resolve_threshold(config.get("fallback_label", ""))
+    # Inside `mlflow.start_run` the run would be RUNNING again, and stay so if killed.
+    created = mlflow_client().create_logged_model(
+        run.info.experiment_id, "model", source_run_id=run_id, params=run.data.params)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*An input example")  # MLflow would predict it
+        logged = Model.log(
+            None, mlflow.pyfunc, model_id=created.model_id, run_id=run_id,
+            python_model=str(package_dir() / "scripts" / "mlflow_model.py"),
+            code_paths=[str(package_dir() / "text_cleaning.py")],
+            artifacts={"checkpoint": f"runs:/{run_id}/{CHECKPOINT}"},
+            model_config={"text_columns": list(text_columns), "fallback_label": fallback},
+            signature=_signature(text_columns, threshold),
             pip_requirements=_pinned_requirements())
-        with tempfile.TemporaryDirectory() as tokenizer_dir:
-            tokenizer.save_pretrained(tokenizer_dir)
-            client.log_model_artifacts(logged.model_id, tokenizer_dir, "model")
     return logged.model_uri
 
 # %% ../nbs/40_registry.ipynb #cbdfa439
