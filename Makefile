@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 EXTRAS := dev docs lint load
 # cpu, auto or a CUDA version such as cu128: which build of torch a Linux machine without a local one gets (see README).
 TORCH_BACKEND ?= auto
 export HF_HUB_OFFLINE ?= 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install run lint nb outputs test test-notebooks test-slow test-faults test-fuzz test-tables test-load serve docs docs-serve lab export clean-notebooks readme lock dist image check-tag push-image release clean help
+.PHONY: install run lint nb outputs test test-notebooks test-slow test-faults test-fuzz test-tables test-load test-clients serve docs docs-serve lab export clean-notebooks readme lock dist image check-tag push-image release clean help
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -46,7 +47,7 @@ outputs: $(STAMP)-dev ## execute the fast notebooks and name outputs that are no
 
 test: lint $(STAMP)-docs ## everything that must hold: lint, the notebooks' tests, pytest
 	@$(BIN)/python tools/check.py --run
-	@$(BIN)/python -m pytest -m "not slow and not fault and not load and not fuzz and not tables"
+	@$(BIN)/python -m pytest -m "not slow and not fault and not load and not fuzz and not tables and not clients"
 
 test-slow: $(STAMP)-dev $(STAMP)-docs $(STAMP)-lint ## what takes minutes: a killed run, the wheel, a cluster, cells marked slow
 	@$(BIN)/python tools/check.py --slow
@@ -63,6 +64,15 @@ test-tables: $(STAMP)-dev ## tables of every kind, trained, evaluated and predic
 
 test-load: $(STAMP)-dev $(STAMP)-load ## the service under load, killed and overloaded; an hour and a quarter, on a machine that does nothing else
 	@$(BIN)/python -m pytest -s -m load
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	@echo "Installing the clients into $(CLIENTS) (once; about a minute)."
+	@$(PYTHON) -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
+test-clients: $(STAMP)-dev $(CLIENTS)/.installed ## the service asked by clients that others wrote; five minutes
+	@MADEWITHML_CLIENTS=$(CLIENTS) $(BIN)/python -m pytest -m clients
 
 serve: $(STAMP) ## serve the champion on port 8000 until Ctrl-C (after `make run` and `madewithml promote`)
 	@$(BIN)/madewithml serve

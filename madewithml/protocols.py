@@ -293,12 +293,12 @@ _V2_RESPONSES: dict[int|str, dict[str, Any]] = {
     status: {"model": _V2Error, "description": description} for status, description in {
         400: "The body does not follow the protocol.", 404: "No such model or version."}.items()}
 
-def _check_model(service: Predictor, name: str, version: str|None) -> None:
+def _check_model(service: Predictor, name: str, version: str) -> None:
     "Raises: ProtocolError for another model or version than the one that is served."
     served = service.config.model_name or get_settings().registry_name
     if name != served: raise ProtocolError(f"There is no model {name!r}, only {served!r}.", 404)
     current = model_version(service.engine)
-    if version not in (None, current):
+    if version != current:
         raise ProtocolError(f"Version {version!r} is not served, but {current!r}.", 404)
 
 def _json_size(request: Request) -> int|None:
@@ -320,23 +320,29 @@ def _add_v2_routes(app: FastAPI, service: Predictor) -> None:
     async def server() -> dict[str, Any]:
         return {"name": "madewithml", "version": __version__, "extensions": ["binary_tensor_data"]}
 
-    @app.get("/v2/models/{name}", summary="Inputs and outputs", responses=_V2_RESPONSES)
-    @app.get("/v2/models/{name}/versions/{version}", responses=_V2_RESPONSES)
-    async def metadata(name: str, version: str|None = None) -> dict[str, Any]:
+    @app.get("/v2/models/{name}/versions/{version}", summary="Inputs and outputs of a version",
+             responses=_V2_RESPONSES)
+    async def version_metadata(name: str, version: str) -> dict[str, Any]:
         _check_model(service, name, version)
         return model_metadata(name, service.engine, columns)
 
-    @app.get("/v2/models/{name}/ready", summary="Whether it is ready", responses=_V2_RESPONSES)
-    @app.get("/v2/models/{name}/versions/{version}/ready", responses=_V2_RESPONSES)
-    async def ready(name: str, version: str|None = None) -> dict[str, Any]:
+    @app.get("/v2/models/{name}", summary="Inputs and outputs", responses=_V2_RESPONSES)
+    async def metadata(name: str) -> dict[str, Any]:
+        return await version_metadata(name, model_version(service.engine))
+
+    @app.get("/v2/models/{name}/versions/{version}/ready", summary="Whether a version is ready",
+             responses=_V2_RESPONSES)
+    async def version_ready(name: str, version: str) -> dict[str, Any]:
         _check_model(service, name, version)
         return {"name": name, "ready": True}
 
-    @app.post("/v2/models/{name}/infer", summary="Predict tensors of texts",
-              responses=_V2_RESPONSES, openapi_extra=body)
+    @app.get("/v2/models/{name}/ready", summary="Whether it is ready", responses=_V2_RESPONSES)
+    async def model_ready(name: str) -> dict[str, Any]:
+        return await version_ready(name, model_version(service.engine))
+
     @app.post("/v2/models/{name}/versions/{version}/infer", responses=_V2_RESPONSES,
-              openapi_extra=body)
-    async def infer(name: str, request: Request, version: str|None = None) -> JSONResponse:
+              summary="Predict tensors of texts by a version", openapi_extra=body)
+    async def version_infer(name: str, version: str, request: Request) -> JSONResponse:
         _check_model(service, name, version)
         wanted = parse_infer_request(await request.body(), _json_size(request))
         parameters = _parse_parameters(wanted.parameters)
@@ -344,6 +350,11 @@ def _add_v2_routes(app: FastAPI, service: Predictor) -> None:
         outputs = infer_outputs(answers, engine.labels, parameters.top_k)
         return JSONResponse({"model_name": name, "model_version": model_version(engine),
                              "id": wanted.id, "outputs": _select_outputs(outputs, wanted)})
+
+    @app.post("/v2/models/{name}/infer", summary="Predict tensors of texts",
+              responses=_V2_RESPONSES, openapi_extra=body)
+    async def infer(name: str, request: Request) -> JSONResponse:
+        return await version_infer(name, model_version(service.engine), request)
 
 # %% ../nbs/50_protocols.ipynb #50000030
 class _ScoringError(BaseModel):
@@ -359,7 +370,7 @@ def _add_scoring_routes(app: FastAPI, service: Predictor) -> None:
     schema = {"type": "object", "properties": {name: {} for name in (*_FORMS, "params")}}
 
     @app.get("/ping", summary="Whether a warm model is loaded, as MLflow asks")
-    @app.get("/health", summary="The same")
+    @app.get("/health", summary="The same", name="ping_health")
     async def ping() -> Response:
         return Response("\n")
 

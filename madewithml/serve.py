@@ -459,7 +459,8 @@ def create_app(
     security = [Depends(HTTPBearer(auto_error=False))] if service.token else []
     app = FastAPI(title="Made With ML", version=str(engine.version or engine.run_id),
                   description="Classifies a text by its title and description.",
-                  docs_url=None, redoc_url=None, redirect_slashes=False, dependencies=security)
+                  docs_url=None, redoc_url=None, redirect_slashes=False, dependencies=security,
+                  generate_unique_id_function=lambda route: route.name)  # for clients
     _add_status_routes(app, service)
     _add_prediction_routes(app, service)
     _add_error_handlers(app)
