@@ -632,6 +632,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'madewithml.middleware._ResponseSender.__init__': ( 'middleware.html#_responsesender.__init__',
                                                                                            'madewithml/middleware.py'),
                                        'madewithml.middleware._counter': ('middleware.html#_counter', 'madewithml/middleware.py'),
+                                       'madewithml.middleware._gauge': ('middleware.html#_gauge', 'madewithml/middleware.py'),
                                        'madewithml.middleware._histogram': ('middleware.html#_histogram', 'madewithml/middleware.py'),
                                        'madewithml.middleware._read_body': ('middleware.html#_read_body', 'madewithml/middleware.py'),
                                        'madewithml.middleware._replay': ('middleware.html#_replay', 'madewithml/middleware.py'),

@@ -10,7 +10,7 @@ import json, os, re, selectors, shlex, socket, subprocess, sys, tempfile, thread
 from pathlib import Path
 
 from .config import ServeConfig, UserError, package_dir
-from .middleware import OVERLOADED, PUBLIC_PATHS
+from .middleware import NEVER_OVERLOADED, OVERLOADED
 from .utils import get_logger
 
 # %% ../nbs/53_haproxy.ipynb #64a9f8d8
@@ -25,11 +25,11 @@ def _overload_lines(backend: str, max_queued: int) -> list[str]:
     "Rules that answer 503 while each replica of the backend has `max_queued` requests."
     body = f'{{\\"detail\\": \\"{OVERLOADED}\\"}}'
     is_overloaded = f"{{ be_conn({backend}),div(txn.servers) gt {max_queued} }}"
-    is_public = f"{{ path {' '.join(PUBLIC_PATHS)} }}"
+    is_admitted = f"{{ path {' '.join(NEVER_OVERLOADED)} }}"
     return [
         f"    http-request set-var(txn.servers) nbsrv({backend})",
         "    http-request return status 503 content-type application/json hdr Retry-After 1 "
-        f'string "{body}" if {{ nbsrv({backend}) gt 0 }} {is_overloaded} !{is_public}',
+        f'string "{body}" if {{ nbsrv({backend}) gt 0 }} {is_overloaded} !{is_admitted}',
     ]
 
 # %% ../nbs/53_haproxy.ipynb #4c48bc2c

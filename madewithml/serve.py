@@ -153,6 +153,7 @@ class PredictionService:
         self.config = config
         self.token = load_token(config)
         self.metrics = ServiceMetrics(get_settings().storage_dir / "serve" / "metrics")
+        self.metrics.replica_starts.inc()
         self.versions = ModelWatcher(config, config.alias)
         self.versions.refresh()
         self.recorder = _Recorder(config, self.metrics)

@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -342,3 +343,48 @@ def test_lock_admits_the_oldest_python() -> None:
                 if (name := canonicalize_name(package.metadata["Name"])) in pinned}
     assert len(required) > 0.8 * len(pinned)  # an extra may not be installed
     assert not [name for name in required if oldest not in SpecifierSet(required[name])]
+
+
+needs_promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="needs promtool")
+
+
+def read_dashboard() -> list[str]:
+    """The queries of the Grafana dashboard, as Prometheus gets them."""
+    panels = json.loads(read("monitoring/grafana.json"))["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    return [query.replace("$__rate_interval", "1m").replace("$instance", ".*")
+            for query in queries]
+
+
+def run_promtool(*args: str) -> None:
+    done = subprocess.run(["promtool", *args], cwd=ROOT, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_alerts_are_raised_when_they_should() -> None:
+    """Troubles raise their alert, a quiet hour none."""
+    run_promtool("check", "config", "deploy/monitoring/prometheus.yaml")
+    run_promtool("test", "rules", "tests/code/alerts_test.yaml")
+
+
+@needs_promtool
+def test_prometheus_understands_the_dashboard(tmp_path: Path) -> None:
+    rules = [{"record": f"panel:{i}", "expr": query} for i, query in enumerate(read_dashboard())]
+    path = tmp_path / "rules.yaml"
+    path.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    run_promtool("check", "rules", str(path))
+
+
+def test_alerts_and_dashboard_use_metrics_of_the_service(tmp_path: Path) -> None:
+    used = " ".join([read("monitoring/alerts.yaml"), *read_dashboard()])
+    script = ("import sys; from madewithml.middleware import ServiceMetrics; "
+              "print(*(f'{metric._name}:{metric._type}' for metric in "
+              "vars(ServiceMetrics(sys.argv[1])).values() if hasattr(metric, '_name')))")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True,
+                          text=True, check=True)
+    suffixes = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
+    exported = {name + suffix for name, kind in (part.split(":") for part in done.stdout.split())
+                for suffix in suffixes[kind]}
+    assert set(re.findall(r"madewithml_\w+", used)) <= exported
