@@ -204,8 +204,8 @@ def test_run_is_in_the_bucket(bucket: str, tmp_path: Path) -> None:
     assert any(re.fullmatch(model, key) for key in keys), keys
     folder = tmp_path / "results" / "main"
     names = {path.name for path in folder.glob("*.json")}
-    workloads = ("validate", "train", "evaluate", "predict", "register")
-    assert names == {f"{workload}.json" for workload in workloads}
+    files = ("validate", "train", "evaluate", "predict", "register", "seconds")
+    assert names == {f"{file}.json" for file in files}
     assert {f"team/results/main/{name}" for name in [*names, "report.md"]} <= set(keys)
     ray_files = [key for key in keys if key.startswith("team/ray/") and not key.endswith("/")]
     assert not ray_files  # a finished training leaves no state
