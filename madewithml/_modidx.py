@@ -49,7 +49,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'madewithml.columns._unclear': ('columns.html#_unclear', 'madewithml/columns.py'),
                                     'madewithml.columns.behavior_columns': ('columns.html#behavior_columns', 'madewithml/columns.py'),
                                     'madewithml.columns.choose_columns': ('columns.html#choose_columns', 'madewithml/columns.py'),
-                                    'madewithml.columns.columns_of_run': ('columns.html#columns_of_run', 'madewithml/columns.py'),
+                                    'madewithml.columns.logged_columns': ('columns.html#logged_columns', 'madewithml/columns.py'),
                                     'madewithml.columns.profile_column': ('columns.html#profile_column', 'madewithml/columns.py'),
                                     'madewithml.columns.profile_table': ('columns.html#profile_table', 'madewithml/columns.py'),
                                     'madewithml.columns.set_columns': ('columns.html#set_columns', 'madewithml/columns.py'),

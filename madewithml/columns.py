@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNSPACED', 'ColumnProfile', 'profile_column', 'profile_table', 'ColumnChoice', 'choose_columns', 'set_columns',
-           'use_columns_of_table', 'behavior_columns', 'use_settings_of_table', 'columns_of_run', 'use_columns_of_run']
+           'use_columns_of_table', 'behavior_columns', 'use_settings_of_table', 'logged_columns', 'use_columns_of_run']
 
 # %% ../nbs/09_columns.ipynb #09a00004
 import ast, json, os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -191,12 +191,10 @@ def use_settings_of_table(
     get_settings.cache_clear()
 
 # %% ../nbs/09_columns.ipynb #09a00036
-def columns_of_run(
-    run_id:str, # MLflow run that trained the classifier
+def logged_columns(
+    params:Mapping[str, str], # of the MLflow run that trained the classifier
 ) -> tuple[tuple[str, ...], str]|None:
-    "Text columns and label column of a model; None if not logged. Raises: UserError, no such run."
-    from madewithml.tracking import get_run
-    params = get_run(run_id).data.params
+    "Text columns and label column of a model; None if the run did not log them."
     if not {"text_columns", "label_column"} <= {*params}: return None
     return tuple(ast.literal_eval(params["text_columns"])), params["label_column"]
 
@@ -204,5 +202,6 @@ def use_columns_of_run(
     run_id:str, # MLflow run that trained the classifier
 ) -> None:
     "Sets the columns of a model. Raises: UserError for an unknown run."
-    columns = columns_of_run(run_id)
+    from madewithml.tracking import get_run
+    columns = logged_columns(get_run(run_id).data.params)
     if columns: set_columns(*columns)

@@ -19,13 +19,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-from .columns import columns_of_run
-from .config import (
-    CheckFailed, UserError, check_model_name, get_settings, package_dir)
+from .columns import logged_columns
+from .config import CheckFailed, UserError, check_model_name, get_settings, package_dir
 from .probabilities import resolve_threshold
 from .schemas import RegisterResults
-from .tracking import (
-    CHECKPOINT, current_user, fetch_checkpoint, get_run, mlflow_client)
+from .tracking import CHECKPOINT, current_user, fetch_checkpoint, get_run, mlflow_client
 from .utils import run_command
 
 # %% ../nbs/40_registry.ipynb #3c674e4c
@@ -185,7 +183,7 @@ def log_model(
 ) -> str:
     "URI of the logged model, `models:/m-…`."
     run = get_run(run_id)
-    text_columns, _ = columns_of_run(run_id) or (get_settings().text_columns, "")
+    text_columns, _ = logged_columns(run.data.params) or (get_settings().text_columns, "")
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     fallback, threshold = resolve_threshold(config.get("fallback_label", ""))
     # Inside `mlflow.start_run` the run would be RUNNING again, and stay so if killed.
