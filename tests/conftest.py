@@ -147,6 +147,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder)
 
 
+@pytest.fixture(scope="session")
+def promoted(trained: Run) -> Run:
+    """The same run, whose version is the champion: what can be promoted once a session."""
+    done = trained.cli("promote")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return trained
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """The table of the fault tests, where they ran."""
     faults = sys.modules.get("tests.system.test_faults")

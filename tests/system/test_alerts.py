@@ -3,7 +3,6 @@
 Minutes; `make test-load`, where Debian's `prometheus` is installed."""
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +12,11 @@ from pathlib import Path
 import pytest
 import requests
 
+from madewithml.ray_session import find_free_ports
+
 from ..conftest import ROOT, Run
 from .test_serve import Served, serving
-from .test_serve_load import find_processes, ready, run_h2load  # noqa: F401  a fixture
+from .test_serve_load import find_processes, run_h2load
 
 pytestmark = [pytest.mark.load,
               pytest.mark.skipif(not shutil.which("prometheus"), reason="needs prometheus")]
@@ -37,9 +38,7 @@ def prometheus(served: Served, folder: Path) -> Iterator[Callable[[], set[str]]]
         text = (ROOT / "deploy" / "monitoring" / name).read_text(encoding="utf-8")
         text = shorten(text).replace("localhost:8000", f"127.0.0.1:{served.port}")
         (folder / name).write_text(text, encoding="utf-8")
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    port = find_free_ports(1)[0]
     command = ["prometheus", f"--config.file={folder / 'prometheus.yaml'}",
                f"--storage.tsdb.path={folder / 'series'}", f"--web.listen-address=127.0.0.1:{port}"]
 
@@ -65,8 +64,8 @@ def wait_for(firing: Callable[[], set[str]], alert: str, timeout: float) -> set[
     return names
 
 
-def test_alerts(ready: Run, tmp_path: Path) -> None:  # noqa: F811
-    with serving(ready) as served, prometheus(served, tmp_path) as firing:
+def test_alerts(promoted: Run, tmp_path: Path) -> None:
+    with serving(promoted) as served, prometheus(served, tmp_path) as firing:
         run_h2load(served, 8, 60, 20, tmp_path)
         assert firing() == set()
         run_h2load(served, 600, 60, 3000, tmp_path)

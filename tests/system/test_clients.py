@@ -18,10 +18,8 @@ HOLDOUT = ROOT / "datasets" / "holdout.csv"
 
 
 @pytest.fixture(scope="module")
-def served(trained: Run) -> Iterator[Served]:
-    done = trained.cli("promote")
-    assert done.returncode == 0, done.stdout + done.stderr
-    with serving(trained) as service:
+def served(promoted: Run) -> Iterator[Served]:
+    with serving(promoted) as service:
         yield service
 
 

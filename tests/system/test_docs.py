@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tokenize
@@ -29,6 +28,7 @@ from typer.exceptions import TyperException
 from madewithml.cli import app
 from madewithml.config import Settings, UserError
 from madewithml.pipeline import parse_parameters
+from madewithml.ray_session import find_free_ports
 
 from ..conftest import ROOT, Run, get_clean_env, is_running
 
@@ -227,9 +227,7 @@ def run_block(block: Block, text: str, folder: Path, env: dict[str, str]) -> tup
 
 def run_page(page: Path, folder: Path, env: dict[str, str]) -> None:
     """Runs the samples of a page one after the other in a directory."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(find_free_ports(1)[0])
     for name in ("datasets", "deploy"):
         (folder / name).symlink_to(ROOT / name)
     printed, failed = None, ""

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import papermill
 import pytest
 import requests
 
+from madewithml.ray_session import find_free_ports
 from tests.conftest import ROOT, Run
 
 NBS = ROOT / "nbs"
@@ -133,10 +133,9 @@ has_load_tools = shutil.which("wrk") and importlib.util.find_spec("litserve")
 @pytest.mark.load
 @pytest.mark.skipif(not has_load_tools, reason="needs wrk and litserve")
 @pytest.mark.parametrize("name", SERVED)
-def test_runs_with_a_champion(name: str, trained: Run, tmp_path: Path) -> None:
+def test_runs_with_a_champion(name: str, promoted: Run, tmp_path: Path) -> None:
     """The benchmark of the service, on a champion."""
-    assert trained.cli("promote").returncode == 0
-    execute(name, SERVED[name], tmp_path, trained.folder / "storage")
+    execute(name, SERVED[name], tmp_path, promoted.folder / "storage")
 
 
 def test_eda_of_other_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,9 +190,7 @@ def running_lab(folder: Path) -> Iterator[str]:
     lab = [str(Path(sys.executable).with_name("jupyter")), "lab"]
     subprocess.run([*lab, "workspaces", "import", str(LAB / "workspace.json")], env=env,
                    check=True, capture_output=True)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    port = find_free_ports(1)[0]
     url = f"http://127.0.0.1:{port}"
     # It needs no token: it listens on the loopback address, for seconds.
     command = [*lab, "--no-browser", f"--port={port}", "--IdentityProvider.token=", "--allow-root"]

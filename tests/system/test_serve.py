@@ -20,6 +20,8 @@ import pytest
 import requests
 from pyarrow import parquet
 
+from madewithml.ray_session import find_free_ports
+
 from ..conftest import CLI, ROOT, Run, get_clean_env, wait_until_ended
 
 ITEM = {"title": "YOLO in the browser",
@@ -58,9 +60,7 @@ class Served:
 def serving(run: Run, *options: str, driver: Path | None = None,
             command: tuple[str, ...] = (CLI, "serve"), **variables: str) -> Iterator[Served]:
     """`madewithml serve`, or a driver, for the length of the block; no process of it remains."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+    port = find_free_ports(1)[0]
     words = [*command, "--port", str(port), *options]
     if driver:
         words = [sys.executable, str(driver), str(port)]
@@ -86,13 +86,11 @@ def serving(run: Run, *options: str, driver: Path | None = None,
 
 
 @pytest.fixture(scope="module")
-def served(trained: Run) -> Iterator[Served]:
-    done = trained.cli("promote")
-    assert done.returncode == 0, done.stdout + done.stderr
+def served(promoted: Run) -> Iterator[Served]:
     config = '{"log_flush_interval_s": 1, "poll_interval_s": 0.5}'
-    options = ("--log-dir", str(trained.folder / "log"), "--config", config,
+    options = ("--log-dir", str(promoted.folder / "log"), "--config", config,
                "--allowed-data-dir", str(ROOT / "datasets"))
-    with serving(trained, *options) as service:
+    with serving(promoted, *options) as service:
         yield service
 
 
