@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .config import ServeConfig, UserError, package_dir
 from .middleware import NEVER_OVERLOADED, OVERLOADED
+from .protocols import error_body
 from .utils import get_logger
 
 # %% ../nbs/53_haproxy.ipynb #64a9f8d8
@@ -23,14 +24,16 @@ def _bind_line(section: str, number: int, folder: Path, has_port: bool) -> str:
 
 def _overload_lines(backend: str, max_queued: int) -> list[str]:
     "Rules that answer 503 while each replica of the backend has `max_queued` requests."
-    body = f'{{\\"detail\\": \\"{OVERLOADED}\\"}}'
     is_overloaded = f"{{ be_conn({backend}),div(txn.servers) gt {max_queued} }}"
     is_admitted = f"{{ path {' '.join(NEVER_OVERLOADED)} }}"
-    return [
-        f"    http-request set-var(txn.servers) nbsrv({backend})",
-        "    http-request return status 503 content-type application/json hdr Retry-After 1 "
-        f'string "{body}" if {{ nbsrv({backend}) gt 0 }} {is_overloaded} !{is_admitted}',
-    ]
+    lines = [f"    http-request set-var(txn.servers) nbsrv({backend})"]
+    for path in ("/invocations", "/v2/", "/"):  # the first that matches answers
+        body = json.dumps(json.dumps(error_body(path, 503, OVERLOADED)))
+        lines.append(
+            "    http-request return status 503 content-type application/json hdr Retry-After 1 "
+            f"string {body} if {{ nbsrv({backend}) gt 0 }} {is_overloaded} !{is_admitted} "
+            f"{{ path_beg {path} }}")
+    return lines
 
 # %% ../nbs/53_haproxy.ipynb #4c48bc2c
 def patch_haproxy_config(

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['EncodedText', 'PredictionService', 'model_info', 'service_info', 'load_allowed_table', 'evaluate_table', 'Prediction',
-           'PredictResponse', 'EvaluateRequest', 'ErrorResponse', 'item_schema', 'create_app', 'ClassifierDeployment',
-           'build_app', 'run_service', 'serve_forever']
+           'PredictResponse', 'EvaluateRequest', 'item_schema', 'create_app', 'ClassifierDeployment', 'build_app',
+           'replica_ports', 'run_service', 'serve_forever']
 
 # %% ../nbs/56_serve.ipynb #08e5f258
-import asyncio, contextlib, importlib, io, json, os, re, shutil, signal, sys, threading
+import asyncio, contextlib, importlib, io, json, os, re, shutil, signal, socket, sys, threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,11 +32,12 @@ from .config import (ServeConfig, UserError, bundled_dir, format_validation_erro
 from .data import build_texts, item_texts, read_labeled_table
 from .engine import Engine
 from .haproxy import HAProxySupervisor
-from .middleware import LimitsMiddleware, RequestRejected, ServiceMetrics
+from .middleware import LimitsMiddleware, ServiceMetrics
 from .model_watcher import ModelWatcher, ShadowChallenger
 from .prediction_log import PredictionLog
 from .probabilities import resolve_threshold
-from .protocols import add_protocol_routes
+from .protocols import (ERRORS_OF_A_BODY, RequestRejected, add_protocol_routes,
+                                  error_body, error_responses)
 from .schemas import BaseResults
 from .tracking import get_run, provenance
 from .utils import get_logger, lower_thread_priority, run_command, temporary_env
@@ -311,11 +312,6 @@ class EvaluateRequest(BaseModel):
 
     dataset: str = Field(min_length=1, max_length=1000,
                          description="path in one of the allowed directories")
-
-class ErrorResponse(BaseModel):
-    "Why a request was rejected."
-    detail: str
-
 def _require_text(item: BaseModel) -> BaseModel:
     "The item. Raises: ValueError if it has no text column."
     if all(value is None for value in item.model_dump(exclude_unset=True).values()):
@@ -330,23 +326,6 @@ def item_schema(
     return create_model("Item", __config__=ConfigDict(extra="forbid"),
                         __validators__={"has_text": model_validator(mode="after")(_require_text)},
                         **dict.fromkeys(get_settings().text_columns, field))
-
-# %% ../nbs/56_serve.ipynb #adcc3e0b
-_STATUS = {
-    400: "The body cannot be read.",
-    401: "No valid token.",
-    403: "The request is of another site's web page, or for another host name.",
-    404: "No such table.",
-    408: "The body did not arrive in time.",
-    413: "The body, or the table, is too large.",
-    422: "The body does not match the schema.",
-    503: "Too many requests are in flight.",
-    504: "No answer within the timeout.",
-}
-
-def _responses(*statuses: int) -> dict[int|str, dict[str, Any]]:
-    "Documentation of the error responses with these statuses."
-    return {status: {"model": ErrorResponse, "description": _STATUS[status]} for status in statuses}
 
 # %% ../nbs/56_serve.ipynb #7209f5bd
 def _format_request_error(error: RequestValidationError) -> str:
@@ -371,7 +350,6 @@ def _example_items() -> dict[str, dict]:
     return {"one item": {"value": one}, "a list": {"value": [one, {first: "Another text"}]}}
 
 _EXAMPLE_TABLE = {"dataset": "holdout.csv"}
-_COMMON_ERRORS = (400, 401, 403, 408, 413, 422, 503, 504)
 
 # %% ../nbs/56_serve.ipynb #a8a7849e
 def _add_prediction_routes(app: FastAPI, service: PredictionService) -> None:
@@ -383,7 +361,7 @@ def _add_prediction_routes(app: FastAPI, service: PredictionService) -> None:
     tables = {"the embedded holdout": {"value": _EXAMPLE_TABLE}}
 
     @app.post("/predict/", response_model=None, summary="Classify one item or a list",
-              responses=_responses(*_COMMON_ERRORS) | {200: {"model": PredictResponse}})
+              responses=error_responses(422, *ERRORS_OF_A_BODY) | {200: {"model": PredictResponse}})
     async def predict(
         items: Annotated[Item | Items, Body(openapi_examples=items_shown)]) -> Response:
         items = items if isinstance(items, list) else [items]
@@ -392,13 +370,15 @@ def _add_prediction_routes(app: FastAPI, service: PredictionService) -> None:
         return JSONResponse({"results": answers, **model_info(engine)})
 
     @app.post("/evaluate/", response_model=None, summary="Evaluate the model on a table",
-              responses=_responses(404, *_COMMON_ERRORS))
+              responses=error_responses(404, 422, *ERRORS_OF_A_BODY))
     async def evaluate(table: Annotated[EvaluateRequest, Body(openapi_examples=tables)]) -> dict:
         return await evaluate_table(service, table.dataset)
 
 # %% ../nbs/56_serve.ipynb #c0625efe
 def _add_status_routes(app: FastAPI, service: PredictionService) -> None:
     "Health, version and metrics."
+    errors = error_responses(401, 403, 503)
+
     @app.get("/", summary="Health, in the format of the course")
     async def health() -> dict:
         return {"message": "OK", "status-code": 200, "data": {}}
@@ -411,16 +391,16 @@ def _add_status_routes(app: FastAPI, service: PredictionService) -> None:
     async def ready() -> dict[str, bool]:
         return {"ready": True}  # a replica listens only after its model is warm
 
-    @app.get("/run_id/", responses=_responses(401, 503), summary="MLflow run of the model")
+    @app.get("/run_id/", responses=errors, summary="MLflow run of the model")
     async def run_id() -> dict[str, str]:
         return {"run_id": service.engine.run_id}
 
-    @app.get("/version", responses=_responses(401, 503), summary="Version, run and commit")
+    @app.get("/version", responses=errors, summary="Version, run and commit")
     async def version() -> dict[str, Any]:
         return await asyncio.to_thread(service_info, service)
 
     @app.get("/metrics", response_class=Response, summary="Metrics for Prometheus",
-             responses=_responses(401, 503) | {200: {"content": {"text/plain": {}}}})
+             responses=errors | {200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -445,11 +425,13 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestRejected)
     async def rejected(request: Request, error: RequestRejected) -> JSONResponse:
-        return JSONResponse({"detail": error.detail}, error.status, error.headers)
+        body = error_body(request.url.path, error.status, error.detail)
+        return JSONResponse(body, error.status, error.headers)
 
     @app.exception_handler(Exception)
     async def internal_error(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"detail": "Internal server error; see the service log."}, 500)
+        detail = "Internal server error; see the service log."
+        return JSONResponse(error_body(request.url.path, 500, detail), 500)
 
 # %% ../nbs/56_serve.ipynb #258fc9e7
 def create_app(
@@ -525,6 +507,30 @@ def _check_config(config: ServeConfig) -> None:
     ModelWatcher(config.model_copy(update={"runtime": "torch"}), config.alias).refresh()
     load_token(config)
 
+# %% ../nbs/56_serve.ipynb #bf5d585d
+_FIRST_PORT, _PORTS_PER_SERVICE, _MAX_SERVICES = 30_000, 100, 27
+
+@contextlib.contextmanager
+def replica_ports() -> Iterator[dict[str, str]]:
+    """Environment in which replicas listen on ports that no other service on this machine tries.
+
+    Until a replica has found a port of its own, Ray sends requests to those that it tried before.
+    Raises: UserError if all are in use.
+    """
+    with socket.socket() as lock:  # the first port of the range; the system frees it in any case
+        for i in range(_MAX_SERVICES):
+            first = _FIRST_PORT + i * _PORTS_PER_SERVICE
+            try:
+                lock.bind(("", first))
+            except OSError:
+                continue
+            name = "RAY_SERVE_DIRECT_INGRESS_{}_HTTP_PORT"
+            yield {name.format("MIN"): str(first + 1),
+                   name.format("MAX"): str(first + _PORTS_PER_SERVICE - 1)}
+            return
+    raise UserError(f"{_MAX_SERVICES} services already run on this machine.")
+
+# %% ../nbs/56_serve.ipynb #bf5d585f
 @contextlib.contextmanager
 def run_service(
     config:ServeConfig|None=None, # what to serve, and how; None: the defaults
@@ -541,7 +547,8 @@ def run_service(
     _check_config(config)
     shutil.rmtree(get_settings().storage_dir / "serve" / "metrics", ignore_errors=True)
     with (contextlib.closing(HAProxySupervisor(config, host, port)) as supervisor,
-          temporary_env(_RAY_ENV | supervisor.env()), ray_session("local")):
+          replica_ports() as ports,
+          temporary_env(_RAY_ENV | supervisor.env() | ports), ray_session("local")):
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         app = ClassifierDeployment.options(num_replicas=replicas).bind(config)
         serve.run(app, name="madewithml", route_prefix="/")

@@ -91,7 +91,7 @@ def get_stderr(notebook: nbformat.NotebookNode) -> list[str]:
 def find_tested_notebooks() -> set[str]:
     """Notebooks that some target runs: those of the stages by tools/check.py, those of the
     workloads by the tests of the pipeline and the commands, and the rest here."""
-    paths = (ROOT / "tests").rglob("test_*.py")
+    paths = (ROOT / "tests").rglob("*.py")
     tests = "".join(path.read_text(encoding="utf-8") for path in paths)
     pipeline = (NBS / "72_pipeline.ipynb").read_text(encoding="utf-8")
 

@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from pyarrow import parquet
 
 from madewithml.config import ServeConfig
+from madewithml.middleware import PUBLIC_PATHS
 from madewithml.models import build_classifier, load_tokenizer, save_classifier, set_seed
 from madewithml.serve import PredictionService, create_app
 from madewithml.tracking import (
@@ -271,6 +272,27 @@ def test_protocols_have_the_same_limits(client: TestClient, service: PredictionS
     for body in ({"instances": rows}, {"instances": [{"title": "a" * 50_001}]}, {"instances": []}):
         assert client.post("/invocations", json=body).status_code == 400
     assert client.post("/invocations", json={"instances": rows[:limit]}).status_code == 200
+
+
+def test_errors_have_the_form_of_their_protocol(client: TestClient) -> None:
+    """Those of the limits too: clients of each protocol find the reason where they look."""
+    elsewhere = {"origin": "https://elsewhere.example"}
+    keys = {"/predict/": "detail", "/v2/models/madewithml/infer": "error",
+            "/invocations": "message"}
+    for path, key in keys.items():
+        response = client.post(path, json={"title": "text"}, headers=elsewhere)
+        assert (response.status_code, "--allowed-origin" in response.json()[key]) == (403, True)
+
+
+def test_openapi_has_the_limits_and_empty_responses(client: TestClient) -> None:
+    """What a generated client is told of each route."""
+    paths = client.get("/openapi.json").json()["paths"]
+    assert "content" not in paths["/ping"]["get"]["responses"]["200"]
+    for path, routes in paths.items():
+        for method, route in routes.items():
+            wanted = {"401", "503"} if path not in PUBLIC_PATHS else set()
+            wanted |= {"408", "413", "504"} if method == "post" else set()
+            assert wanted <= route["responses"].keys(), (method, path)
 
 
 def test_reads_no_table_outside_the_allowed_directories(client: TestClient) -> None:
