@@ -1138,7 +1138,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'madewithml.serve.item_schema': ('serve.html#item_schema', 'madewithml/serve.py'),
                                   'madewithml.serve.load_allowed_table': ('serve.html#load_allowed_table', 'madewithml/serve.py'),
                                   'madewithml.serve.model_info': ('serve.html#model_info', 'madewithml/serve.py'),
-                                  'madewithml.serve.replica_ports': ('serve.html#replica_ports', 'madewithml/serve.py'),
+                                  'madewithml.serve.ray_ports': ('serve.html#ray_ports', 'madewithml/serve.py'),
                                   'madewithml.serve.run_service': ('serve.html#run_service', 'madewithml/serve.py'),
                                   'madewithml.serve.serve_forever': ('serve.html#serve_forever', 'madewithml/serve.py'),
                                   'madewithml.serve.service_info': ('serve.html#service_info', 'madewithml/serve.py')},

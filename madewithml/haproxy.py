@@ -108,7 +108,8 @@ class _HAProxies:
         "Arguments to start it with, and whether it gets the port: if it knows a replica."
         path = Path(arguments[arguments.index("-f") + 1])
         text = path.read_text(encoding="utf-8")
-        has_port = bool(re.search(r"^ *server ", text, flags=re.MULTILINE))
+        # A backup is Ray's own proxy, which waits for a replica.
+        has_port = bool(re.search(r"^ *server (?!.* backup$)", text, flags=re.MULTILINE))
         patched = patch_haproxy_config(text, self.folder, self.config, has_port)
         path.write_text(patched, encoding="utf-8")
         if not has_port: return arguments, False

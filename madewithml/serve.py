@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EncodedText', 'PredictionService', 'model_info', 'service_info', 'load_allowed_table', 'evaluate_table', 'Prediction',
            'PredictResponse', 'EvaluateRequest', 'item_schema', 'create_app', 'ClassifierDeployment', 'build_app',
-           'replica_ports', 'run_service', 'serve_forever']
+           'ray_ports', 'run_service', 'serve_forever']
 
 # %% ../nbs/56_serve.ipynb #08e5f258
 import asyncio, contextlib, importlib, io, json, os, re, shutil, signal, socket, sys, threading
@@ -511,11 +511,11 @@ def _check_config(config: ServeConfig) -> None:
 _FIRST_PORT, _PORTS_PER_SERVICE, _MAX_SERVICES = 30_000, 100, 27
 
 @contextlib.contextmanager
-def replica_ports() -> Iterator[dict[str, str]]:
-    """Environment in which replicas listen on ports that no other service on this machine tries.
+def ray_ports() -> Iterator[dict[str, str]]:
+    """Environment in which Ray's proxy and replicas use ports of this service alone.
 
-    Until a replica has found a port of its own, Ray sends requests to those that it tried before.
-    Raises: UserError if all are in use.
+    The proxy answers while no replica does. Its default port is that of any other service on this
+    machine, which would answer instead, with its own model. Raises: UserError if none is free.
     """
     with socket.socket() as lock:  # the first port of the range; the system frees it in any case
         for i in range(_MAX_SERVICES):
@@ -524,9 +524,10 @@ def replica_ports() -> Iterator[dict[str, str]]:
                 lock.bind(("", first))
             except OSError:
                 continue
-            name = "RAY_SERVE_DIRECT_INGRESS_{}_HTTP_PORT"
-            yield {name.format("MIN"): str(first + 1),
-                   name.format("MAX"): str(first + _PORTS_PER_SERVICE - 1)}
+            last = first + _PORTS_PER_SERVICE - 1
+            yield {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first + 1),
+                   "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 2),
+                   "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last)}
             return
     raise UserError(f"{_MAX_SERVICES} services already run on this machine.")
 
@@ -547,7 +548,7 @@ def run_service(
     _check_config(config)
     shutil.rmtree(get_settings().storage_dir / "serve" / "metrics", ignore_errors=True)
     with (contextlib.closing(HAProxySupervisor(config, host, port)) as supervisor,
-          replica_ports() as ports,
+          ray_ports() as ports,
           temporary_env(_RAY_ENV | supervisor.env() | ports), ray_session("local")):
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         app = ClassifierDeployment.options(num_replicas=replicas).bind(config)
