@@ -500,6 +500,7 @@ _RAY_ENV = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Seconds; HAProxy on the same machine notices a draining replica within one.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # the default, 5, fails on a busy machine
 }
 
 def _check_config(config: ServeConfig) -> None:
