@@ -103,7 +103,8 @@ def _acquire_lock(lock: str, owner: str, timeout: float, stale_after: float) -> 
             client.create_registered_model(lock, {"owner": owner}, "Held while aliases move.")
             return
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS": raise
+            # The other one: MLflow looks at the model that is in the way, which is gone meanwhile.
+            if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"): raise
         if time.monotonic() > deadline:
             raise CheckFailed(f"Another process is moving aliases: it holds {lock!r}. Try again.")
         _remove_lock(lock, lambda held: time.time() - held.creation_timestamp / 1000 > stale_after)
