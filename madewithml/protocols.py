@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ERRORS_OF_A_BODY', 'RequestRejected', 'ProtocolError', 'error_body', 'ErrorResponse', 'error_responses',
-           'PredictParameters', 'InferInput', 'InferRequest', 'parse_infer_request', 'infer_items', 'infer_outputs',
-           'model_metadata', 'model_version', 'scoring_items', 'parse_scoring_request', 'Predictor',
+           'PredictParameters', 'InferInput', 'InferOutput', 'InferRequest', 'parse_infer_request', 'infer_items',
+           'infer_outputs', 'model_metadata', 'model_version', 'scoring_items', 'parse_scoring_request', 'Predictor',
            'add_protocol_routes']
 
 # %% ../nbs/50_protocols.ipynb #50000004
@@ -115,12 +115,16 @@ class InferInput(BaseModel):
     parameters: dict[str, Any] = {}
     data: list[Any] | None = Field(None, description="the texts; null if they follow as bytes")
 
+class InferOutput(BaseModel):
+    "A tensor that the response is to have; clients may send parameters of it."
+    name: str = Field(description="label, score, probabilities; with top_k: top_labels, top_scores")
+
 class InferRequest(BaseModel):
     "A request of the Open Inference Protocol."
     id: str = ""
     parameters: dict[str, Any] = Field({}, description="top_k, threshold")
     inputs: list[InferInput] = Field(min_length=1)
-    outputs: list[dict[str, Any]] = Field([], description="names of the outputs; none: all")
+    outputs: list[InferOutput] = Field([], description="none: all")
 
 # %% ../nbs/50_protocols.ipynb #50000010
 def _read_binary_tensor(content: bytes) -> list[str]:
@@ -213,14 +217,16 @@ def infer_outputs(
                     _tensor("top_scores", "FP32", [[value for _, value in row] for row in ranked])]
     return outputs
 
-def _select_outputs(outputs: list[dict[str, Any]], request: InferRequest) -> list[dict[str, Any]]:
+def _output_names(request: InferRequest, top_k: int) -> list[str]:
     "The tensors that the request names; all if it names none. Raises: ProtocolError."
-    by_name = {output["name"]: output for output in outputs}
-    wanted = [output.get("name") for output in request.outputs] or list(by_name)
+    known = ["label", "score", "probabilities"]
+    if top_k > 1:
+        known += ["top_labels", "top_scores"]
+    wanted = [output.name for output in request.outputs] or known
     for name in wanted:
-        if name not in by_name:
-            raise ProtocolError(f"There is no output {name!r}; outputs: {', '.join(by_name)}.")
-    return [by_name[name] for name in wanted]
+        if name not in known:
+            raise ProtocolError(f"There is no output {name!r}; outputs: {', '.join(known)}.")
+    return wanted
 
 # %% ../nbs/50_protocols.ipynb #50000020
 def model_metadata(
@@ -402,10 +408,12 @@ def _add_v2_routes(app: FastAPI, service: Predictor) -> None:
         _check_model(service, name, version)
         wanted = parse_infer_request(await request.body(), _json_size(request))
         parameters = _parse_parameters(wanted.parameters)
+        names = _output_names(wanted, parameters.top_k)
         engine, answers = await _predict_items(service, infer_items(wanted, columns), parameters)
-        outputs = infer_outputs(answers, engine.labels, parameters.top_k)
+        tensors = {tensor["name"]: tensor
+                   for tensor in infer_outputs(answers, engine.labels, parameters.top_k)}
         return JSONResponse({"model_name": name, "model_version": model_version(engine),
-                             "id": wanted.id, "outputs": _select_outputs(outputs, wanted)})
+                             "id": wanted.id, "outputs": [tensors[each] for each in names]})
 
     @app.post("/v2/models/{name}/infer", summary="Predict tensors of texts",
               responses=_INFER_RESPONSES, openapi_extra=body)

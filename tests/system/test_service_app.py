@@ -315,10 +315,10 @@ def test_follows_the_champion_but_not_to_a_corrupt_version(
 
 def test_logs_every_prediction(service: PredictionService, folder: Path) -> None:
     """What the tests above asked for: a list of 59, three single items, four times six, a named
-    page, a named host, seven examples; 15 texts by the one protocol, 18 by the other, 100 at once.
+    page, a named host, seven examples; 12 texts by the one protocol, 18 by the other, 100 at once.
     """
     service.recorder.prediction_log.close()
-    assert parquet.read_table(folder / "log").num_rows == 59 + 3 + 4 * 6 + 1 + 1 + 7 + 15 + 18 + 100
+    assert parquet.read_table(folder / "log").num_rows == 59 + 3 + 4 * 6 + 1 + 1 + 7 + 12 + 18 + 100
 
 
 @contextmanager
