@@ -28,6 +28,7 @@ TYPES = {"str", "int", "float", "bool", "list", "dict"}  # of parameters
 # Parameters that make each notebook small; SMALL_TABLE stands for the path of a small table.
 SMALL_TABLE = "small.csv"
 FAST = {  # run by `make test`
+    "explore/canary_power": {"num_rollouts": 20, "num_requests": 2000},
     "explore/eda": {"max_rows": 300},
     "explore/one_row": {"num_samples": 96},
     "explore/reading_speed": {"num_rows": 500, "rounds": 1},
