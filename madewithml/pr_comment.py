@@ -17,7 +17,7 @@ from .config import CheckFailed, PromotionPolicy, UserError, format_validation_e
 from .gate import evaluate_gate
 from .github_api import (MARKER, GitHubClient, client_from_env, download_artifact,
                                    find_pull_request, upsert_comment)
-from .report import gate_markdown, get_results, render_sections
+from .report import SECONDS_FILE, gate_markdown, get_results, render_sections
 from .schemas import (RESULT_SCHEMAS, BaseResults, CandidateMetrics, EvaluateResults,
                                 PolicyCheck, PredictResults, PromoteResults, RegisterResults,
                                 TrainResults)
@@ -124,7 +124,7 @@ def _rejected(reason: str) -> CheckFailed:
 def _check_members(members: list[zipfile.ZipInfo]) -> None:
     "Raises: CheckFailed for a file that is unexpected, present twice or too large."
     names = [member.filename for member in members]
-    unexpected = [name for name in names if name not in _SCHEMAS_BY_FILE]
+    unexpected = [name for name in names if name not in (*_SCHEMAS_BY_FILE, SECONDS_FILE)]
     if unexpected: raise _rejected(f"it contains the unexpected file {unexpected[0][:100]!r}")
     if len(names) > len(set(names)): raise _rejected("it contains a file twice")
     if sum(member.file_size for member in members) > MAX_UNCOMPRESSED_BYTES:
@@ -146,6 +146,7 @@ def _read_members(archive: zipfile.ZipFile) -> dict[str, BaseResults]:
     _check_members(members)
     results: dict[str, BaseResults] = {}
     for member in members:
+        if member.filename == SECONDS_FILE: continue
         schema = _SCHEMAS_BY_FILE[member.filename]
         name = member.filename.removesuffix(".json")
         results[name] = schema.model_validate_json(archive.read(member.filename))

@@ -1,5 +1,7 @@
 """The command line as a user calls it."""
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import nbformat
@@ -7,6 +9,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from madewithml.pr_comment import read_artifact
 from madewithml.schemas import RESULT_SCHEMAS
 from madewithml.tables import write_csv
 from tests.conftest import ROOT, fork_cli, run_cli
@@ -125,6 +128,15 @@ def test_run_writes_everything(trained) -> None:
     assert (trained.results / "data_docs").is_dir()
     stdout = (trained.folder / "stdout.txt").read_text(encoding="utf-8")
     assert "Files:" in stdout and stdout.splitlines()[-1].startswith("Next: madewithml promote")
+
+
+def test_results_are_what_the_comment_accepts(trained) -> None:
+    """The workflow sends all JSON files of the results directory to the one that comments."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for path in trained.results.glob("*.json"):
+            archive.write(path, path.name)
+    assert read_artifact(data.getvalue())["train"].run_id == trained.run_id
 
 
 def test_every_training_row_is_used(trained) -> None:
