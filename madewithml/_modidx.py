@@ -448,6 +448,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'madewithml/haproxy.py'),
                                     'madewithml.haproxy.HAProxySupervisor.leave': ( 'haproxy.html#haproxysupervisor.leave',
                                                                                     'madewithml/haproxy.py'),
+                                    'madewithml.haproxy.HAProxySupervisor.wait_until_open': ( 'haproxy.html#haproxysupervisor.wait_until_open',
+                                                                                              'madewithml/haproxy.py'),
                                     'madewithml.haproxy._HAProxies': ('haproxy.html#_haproxies', 'madewithml/haproxy.py'),
                                     'madewithml.haproxy._HAProxies.__init__': ('haproxy.html#_haproxies.__init__', 'madewithml/haproxy.py'),
                                     'madewithml.haproxy._HAProxies.add': ('haproxy.html#_haproxies.add', 'madewithml/haproxy.py'),

@@ -156,6 +156,7 @@ class _LauncherServer:
     def __init__(self, port: socket.socket, processes: _HAProxies):
         self.port = port
         self.processes = processes
+        self.is_open = threading.Event()
         self._closed = False
         self._control = socket.socket(socket.AF_UNIX)
         self._control.bind(str(processes.folder / "control.sock"))
@@ -188,6 +189,7 @@ class _LauncherServer:
                 if has_port:
                     self.processes.serving = pid
                     self.port.listen(4096)
+                    self.is_open.set()
                 descriptors = [self.port.fileno()] if has_port else []
                 socket.send_fds(launcher, [json.dumps(arguments).encode()], descriptors)
             except (OSError, ValueError) as error:
@@ -240,6 +242,13 @@ class HAProxySupervisor:
             # Retried on another replica; a prediction may then be computed twice.
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         }
+
+    def wait_until_open(self,
+        timeout:float=60, # seconds
+    ) -> None:
+        "Waits until an HAProxy that knows a replica gets the port. Raises: TimeoutError."
+        if not self._server.is_open.wait(timeout):
+            raise TimeoutError(f"No HAProxy with a replica has started within {timeout:g} seconds.")
 
     def leave(self) -> None:
         "Passes the port to no further HAProxy; the present one finishes its requests."

@@ -554,6 +554,7 @@ def run_service(
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         app = ClassifierDeployment.options(num_replicas=replicas).bind(config)
         serve.run(app, name="madewithml", route_prefix="/")
+        supervisor.wait_until_open()
         try:
             yield f"http://{host}:{port}"
         finally:
