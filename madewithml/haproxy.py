@@ -10,8 +10,8 @@ import json, os, re, selectors, shlex, socket, subprocess, sys, tempfile, thread
 from pathlib import Path
 
 from .config import ServeConfig, UserError, package_dir
-from .middleware import NEVER_OVERLOADED, OVERLOADED
-from .protocols import error_body
+from .middleware import NEVER_OVERLOADED
+from .protocols import OVERLOADED, SCORING_PATH, V2_PREFIX, error_body
 from .utils import get_logger
 
 # %% ../nbs/53_haproxy.ipynb #64a9f8d8
@@ -27,12 +27,12 @@ def _overload_lines(backend: str, max_queued: int) -> list[str]:
     is_overloaded = f"{{ be_conn({backend}),div(txn.servers) gt {max_queued} }}"
     is_admitted = f"{{ path {' '.join(NEVER_OVERLOADED)} }}"
     lines = [f"    http-request set-var(txn.servers) nbsrv({backend})"]
-    for path in ("/invocations", "/v2/", "/"):  # the first that matches answers
+    for path in (SCORING_PATH, V2_PREFIX, "/"):  # the first that matches answers
         body = json.dumps(json.dumps(error_body(path, 503, OVERLOADED)))
         lines.append(
             "    http-request return status 503 content-type application/json hdr Retry-After 1 "
-            f"string {body} if {{ nbsrv({backend}) gt 0 }} {is_overloaded} !{is_admitted} "
-            f"{{ path_beg {path} }}")
+            f"string {body} if {{ path_beg {path} }} {{ nbsrv({backend}) gt 0 }} "
+            f"{is_overloaded} !{is_admitted}")
     return lines
 
 # %% ../nbs/53_haproxy.ipynb #4c48bc2c

@@ -7,17 +7,10 @@ __all__ = ['ODDS_RATIOS', 'compare_rates', 'log_e_value', 'compare_with_limit', 
 
 # %% ../nbs/58_sequential_test.ipynb #58000004
 import numpy as np
-from scipy import optimize, special
+from scipy import optimize, special, stats
 
 # %% ../nbs/58_sequential_test.ipynb #58000007
 ODDS_RATIOS = 1 + np.geomspace(0.1, 1000, 24)  # of an event, canary to champion
-
-def _log_comb(n: np.ndarray, k: np.ndarray) -> np.ndarray:
-    "Logarithm of the binomial coefficient; minus infinity where there is none."
-    is_valid = (k >= 0) & (k <= n)
-    k = np.where(is_valid, k, 0)
-    value = special.gammaln(n + 1) - special.gammaln(k + 1) - special.gammaln(n - k + 1)
-    return np.where(is_valid, value, -np.inf)
 
 def compare_rates(
     canary_events:int, # in the block
@@ -28,11 +21,10 @@ def compare_rates(
     "Log likelihood ratio of each of `ODDS_RATIOS` against 1, (ratios,). Those of blocks add up."
     num_events = canary_events + champion_events
     possible = np.arange(min(num_events, canary_total) + 1)  # events of the canary
-    log_weights = (_log_comb(np.array(canary_total), possible)
-                   + _log_comb(np.array(champion_total), num_events - possible))
-    log_weights -= special.logsumexp(log_weights)
+    log_probabilities = stats.hypergeom.logpmf(possible, canary_total + champion_total,
+                                               num_events, canary_total)
     log_odds = np.log(ODDS_RATIOS)
-    expected = special.logsumexp(log_weights + log_odds[:, None] * possible, axis=1)
+    expected = special.logsumexp(log_probabilities + log_odds[:, None] * possible, axis=1)
     return canary_events * log_odds - expected
 
 # %% ../nbs/58_sequential_test.ipynb #58000008
