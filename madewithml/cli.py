@@ -134,6 +134,7 @@ def _model_run_id(values: dict[str, Any], alias: str) -> str:
     except UserError:  # the command itself reports it
         return ""
 
+# %% ../nbs/90_cli.ipynb #b3753ef2
 def _use_columns(text_columns: str|None, label_column: str|None, values: dict[str, Any],
                  alias: str) -> None:
     "Sets the columns before a command runs. Raises: UserError."

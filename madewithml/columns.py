@@ -198,6 +198,7 @@ def logged_columns(
     if not {"text_columns", "label_column"} <= {*params}: return None
     return tuple(ast.literal_eval(params["text_columns"])), params["label_column"]
 
+# %% ../nbs/09_columns.ipynb #39dab767
 def use_columns_of_run(
     run_id:str, # MLflow run that trained the classifier
 ) -> None:

@@ -52,6 +52,7 @@ def repo_root() -> Path | None:
     root = package_dir().parent.resolve()
     return root if (root / "settings.ini").is_file() else None
 
+# %% ../nbs/00_config.ipynb #b94a87f7
 def working_dir() -> Path:
     "Base of relative paths: the repository root for its notebooks, else the current directory."
     current = Path.cwd()
@@ -110,6 +111,15 @@ _ModelName = Annotated[str, AfterValidator(check_model_name)]
 _ExperimentName = Annotated[str, AfterValidator(_check_experiment_name)]
 _FolderName = Annotated[str, AfterValidator(_check_folder_name)]
 
+# %% ../nbs/00_config.ipynb #00a00040
+def _sqlite_uri(path: Path) -> str:
+    "The URI of a SQLite database."
+    name = path.as_posix()
+    # The path is decoded. MLflow creates the parent of the raw one, so slashes are encoded too.
+    if re.search("[%?#]", name):
+        name = "/" + quote(name[1:], safe="")
+    return f"sqlite:///{name}"
+
 # %% ../nbs/00_config.ipynb #1a4d2350
 class Settings(BaseSettings):
     "Paths, column names and defaults, read from `.env` and `MADEWITHML_*`."
@@ -161,11 +171,7 @@ class Settings(BaseSettings):
     @property
     def mlflow_uri(self) -> str:
         "The MLflow tracking URI in use."
-        path = (self.storage_dir / "mlflow" / "mlflow.db").as_posix()
-        # The path is decoded. MLflow creates the parent of the raw one, so slashes are encoded too.
-        if re.search("[%?#]", path):
-            path = "/" + quote(path[1:], safe="")
-        return self.tracking_uri or f"sqlite:///{path}"
+        return self.tracking_uri or _sqlite_uri(self.storage_dir / "mlflow" / "mlflow.db")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -246,6 +252,7 @@ def read_yaml(
         reason = " ".join(str(error).split())
         raise UserError(f"{option}: {path} is not YAML: {reason}.") from None
 
+# %% ../nbs/00_config.ipynb #76fc1e60
 def _load_yaml(
     kind:type[_Kind], # model to build
     path:str|Path|None, # YAML file; None: the defaults
@@ -631,6 +638,7 @@ class TableSettings(Options):
     csv_columns: _Names = Field((),
         description="names of the columns of CSV files without a header; empty: detected")
 
+# %% ../nbs/00_config.ipynb #731b4309
 def load_table_settings(
     path:str|Path|None, # YAML file; None: the defaults
 ) -> TableSettings:

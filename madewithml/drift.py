@@ -102,6 +102,7 @@ def ks_test(
     result = ks_2samp(window, reference)
     return float(result.statistic), float(result.pvalue)
 
+# %% ../nbs/61_drift.ipynb #e059347f
 def fisher_greater_test(
     window:np.ndarray, # true or false per row of the window
     reference:np.ndarray, # true or false per row of the reference

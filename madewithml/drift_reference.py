@@ -112,6 +112,7 @@ class _RunParams:
         value = self.get(name)
         return int(value) if value.isdigit() else None
 
+# %% ../nbs/32_drift_reference.ipynb #294a8cbb
 def _training_table(run_id: str, digest: str) -> tuple[str|Path, bool]:
     "Location of the run's table, and whether it is the embedded one. Raises: UserError."
     loc = get_run(run_id).data.tags.get("dataset_loc", "")
@@ -256,6 +257,7 @@ def build_and_save_reference(
         mlflow_client().log_artifact(run_id, str(path), str(artifact.parent))
     return reference
 
+# %% ../nbs/32_drift_reference.ipynb #215b1eef
 def try_build_and_save_reference(
     run_id:str, # MLflow run that trained the classifier
     holdout_loc:str|Path|None=None, # see `load_run_data`

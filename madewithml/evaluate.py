@@ -190,6 +190,7 @@ def parse_slices(
         raise UserError(f"{where}: must map names to pandas queries.")
     return slices
 
+# %% ../nbs/30_evaluate.ipynb #1515c8af
 def load_slices(
     dataset_loc:str|Path, # labeled table
     text:str="", # see `parse_slices`; empty: `slices.yaml` beside the table, if there is one
@@ -266,6 +267,7 @@ def read_behavioral_tests(
                         f"Use one of {', '.join(_KINDS)}.")
     return cases
 
+# %% ../nbs/30_evaluate.ipynb #e6524799
 def load_behavioral_tests(
     dataset_loc:str|Path, # labeled table
     loc:str|Path|None=None, # table of cases; None: `behavior.csv` beside the table

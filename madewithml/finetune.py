@@ -218,6 +218,7 @@ def schedule_factor(
     if config.lr_schedule == "cosine": return (1 + math.cos(math.pi * progress)) / 2
     return 1.0
 
+# %% ../nbs/21_finetune.ipynb #9ee4e2c9
 def plateau_factor(
     config:TrainConfig, # with the schedule
     val_losses:list[float], # of the epochs done
@@ -248,6 +249,11 @@ class WorkerContext:
 
 SINGLE_WORKER = WorkerContext()
 
+# %% ../nbs/21_finetune.ipynb #21a00020
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
 # %% ../nbs/21_finetune.ipynb #4c17a16b
 class FineTuner:
     "A classifier in training, with its optimizer and learning-rate schedule."
@@ -271,9 +277,8 @@ class FineTuner:
             parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
         self.num_steps, self.step = num_steps, 0
         self.plateau_factor = 1.0  # see `train_epochs`
-        self.class_weights = None
-        if class_weights is not None:
-            self.class_weights = torch.from_numpy(class_weights).to(model.device)
+        self.class_weights = None if class_weights is None else torch.as_tensor(
+            class_weights, device=model.device)
 
     @property
     def lr(self) -> float:
@@ -295,9 +300,7 @@ class FineTuner:
         loss = row_losses.sum() * self.worker.world_size / batch_size
         loss.backward()
         nn.utils.clip_grad_norm_(self.trainable_parameters, self.config.max_grad_norm)
-        lr = self.lr
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        _set_lr(self.optimizer, self.lr)
         self.optimizer.step()
         self.step += 1
         self.optimizer.zero_grad(set_to_none=True)

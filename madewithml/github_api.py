@@ -94,6 +94,7 @@ def _is_head(pull: dict[str, Any], run: dict[str, Any]) -> bool:
     same_repository = repository.get("id") == run["head_repository"]["id"]
     return same_repository and pull["head"]["sha"] == run["head_sha"]
 
+# %% ../nbs/74_github_api.ipynb #83bf9e74
 def find_pull_request(
     client:GitHubClient, # of the repository
     run:dict[str, Any], # `workflow_run` of the event

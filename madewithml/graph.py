@@ -53,6 +53,7 @@ def _openvino_core() -> openvino.Core:
     # is left without a signal stack (a signal then crashes the process).
     return openvino.Core()
 
+# %% ../nbs/28_graph.ipynb #00d55096
 def compile_graph(
     graph:openvino.Model, # of a classifier
     precision:str, # 'bf16' or 'fp32'
@@ -106,6 +107,7 @@ class ClassifierFacts:
     max_length: int      # tokens kept of a text
     tokenizer: str       # the Rust tokenizer as JSON, without padding, with truncation
 
+# %% ../nbs/28_graph.ipynb #5870b7ec
 def classifier_facts(
     model:"PreTrainedModel", # classifier
     tokenizer:"PreTrainedTokenizerFast", # its tokenizer
@@ -144,6 +146,7 @@ def _check_outputs(graph: openvino.Model, model: "PreTrainedModel", facts: Class
     if not np.allclose(actual, expected, atol=1e-3, equal_nan=True):
         raise RuntimeError("its outputs differ from PyTorch's")
 
+# %% ../nbs/28_graph.ipynb #a79dc8d6
 def keep_graph(
     folder:str|Path, # checkpoint
     model:"PreTrainedModel", # the classifier in it, on the CPU in fp32

@@ -22,6 +22,7 @@ def _bind_line(section: str, number: int, folder: Path, has_port: bool) -> str:
     if has_port and section == "frontend http_frontend": return f"    bind fd@{_LISTENING_FD}"
     return f"    bind unix@{folder}/unused-{number}.sock"
 
+# %% ../nbs/53_haproxy.ipynb #3c9c8854
 def _overload_lines(backend: str, max_queued: int) -> list[str]:
     "Rules that answer 503 while each replica of the backend has `max_queued` requests."
     is_overloaded = f"{{ be_conn({backend}),div(txn.servers) gt {max_queued} }}"

@@ -55,6 +55,7 @@ def _list_files(loc: str) -> tuple[fs.FileSystem, dict[str, fs.FileInfo]]:
     files = [info for info in infos if info.type == fs.FileType.File]
     return filesystem, {info.path[len(path):].lstrip("/"): info for info in files}
 
+# %% ../nbs/63_ingest.ipynb #49f08fda
 def _list_tables(loc: str) -> tuple[fs.FileSystem, dict[str, fs.FileInfo]]:
     "The file system and each table there, by redacted URI. Raises: UserError."
     filesystem, files = _list_files(loc)
@@ -91,6 +92,7 @@ def _copy_path(state_dir: Path, digest: str, uri: str) -> Path:
     "Where the copy of a table is kept."
     return state_dir / "batches" / f"{digest}{Path(uri).suffix.lower()}"
 
+# %% ../nbs/63_ingest.ipynb #e4b95eaf
 def _save_copy(content: bytes, uri: str, state_dir: Path) -> str:
     "Keeps a copy of the table and returns its hash."
     digest = content_hash(content)
@@ -117,6 +119,7 @@ def _read_changed(filesystem: fs.FileSystem, tables: dict[str, fs.FileInfo],
         else:
             index[uri] = [info.size, info.mtime_ns, _save_copy(content, uri, state_dir)]
 
+# %% ../nbs/63_ingest.ipynb #c6790dc3
 def _add_if_new(uri: str, digest: str, result: ScanResult, state_dir: Path) -> None:
     "Adds the table unless it was validated, or was found under another name in this scan."
     is_validated = (state_dir / "batches" / f"{digest}.json").is_file()
@@ -152,6 +155,7 @@ def default_state_dir() -> Path:
     "Directory with the state of the trigger."
     return get_settings().storage_dir / "trigger"
 
+# %% ../nbs/63_ingest.ipynb #f2f797e3
 @contextmanager
 def synced_state_dir() -> Iterator[Path]:
     "The state directory, downloaded from the shared location if there is one, uploaded at the end."

@@ -112,6 +112,7 @@ def _add_node(state: dict, name: str, options: list[str], host: str, timeout_s: 
     write_json(_state_file(), state)
     _wait_for_nodes(state, timeout_s)
 
+# %% ../nbs/80_local_cluster.ipynb #c87c5705
 def _stop_nodes(nodes: list[dict], timeout_s: float) -> None:
     "Terminates the nodes with their children; kills those that outlast the timeout."
     parents = [psutil.Process(node["pid"]) for node in nodes if _is_running(node)]
@@ -154,6 +155,7 @@ def _replace_lost_workers(state: dict, host: str, timeout_s: float) -> dict[str,
         _add_node(state, node["name"], node["options"], host, timeout_s)
     return state
 
+# %% ../nbs/80_local_cluster.ipynb #9695fcdb
 def _head_options(host: str, ports: list[int]) -> list[str]:
     "Options of `ray start` for a head node without CPUs; ports: GCS, dashboard, Ray client."
     gcs, dashboard, client = ports

@@ -34,6 +34,15 @@ def _gauge(name: str, help: str) -> prometheus.Gauge:
 def _histogram(name: str, help: str, buckets: tuple, *labels: str) -> prometheus.Histogram:
     return prometheus.Histogram(f"madewithml_{name}", help, labels, buckets=buckets, registry=None)
 
+# %% ../nbs/51_middleware.ipynb #51a00010
+def _forget_ended_replicas(folder: str) -> None:
+    "Removes the requests in flight of replicas that ended."
+    for file in Path(folder).glob("gauge_livesum_*.db"):
+        pid = int(file.stem.rsplit("_", 1)[1])
+        with contextlib.suppress(FileNotFoundError):  # removed by another replica
+            if not is_process_alive(pid):
+                multiprocess.mark_process_dead(pid, folder)
+
 # %% ../nbs/51_middleware.ipynb #c6a171b8
 class ServiceMetrics:
     "Counters of the service, in Prometheus's format."
@@ -84,17 +93,9 @@ class ServiceMetrics:
         self.predictions.labels(label, str(version)).inc()
         self.confidence.observe(confidence)
 
-    def _forget_ended_replicas(self) -> None:
-        "Removes the requests in flight of replicas that ended."
-        for file in Path(self.folder).glob("gauge_livesum_*.db"):
-            pid = int(file.stem.rsplit("_", 1)[1])
-            with contextlib.suppress(FileNotFoundError):  # removed by another replica
-                if not is_process_alive(pid):
-                    multiprocess.mark_process_dead(pid, self.folder)
-
     def text(self) -> bytes:
         "Sums over all replicas of this machine, in Prometheus's text format."
-        self._forget_ended_replicas()
+        _forget_ended_replicas(self.folder)
         registry = prometheus.CollectorRegistry()
         multiprocess.MultiProcessCollector(registry, self.folder)
         return prometheus.generate_latest(registry)
@@ -242,10 +243,37 @@ def is_known_host(
     return not name or name in allowed_hosts
 
 # %% ../nbs/51_middleware.ipynb #25a9a341
-_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 _CHALLENGE = 'Bearer, Basic realm="madewithml", charset="UTF-8"'
 
+def _check_token(headers: dict[bytes, bytes], token: bytes|None) -> None:
+    "Raises: RequestRejected without a valid token, if one is required."
+    if token and not has_valid_token(headers.get(b"authorization", b""), token):
+        raise RequestRejected(401, "A valid token is required.", www_authenticate=_CHALLENGE)
+
+# %% ../nbs/51_middleware.ipynb #51a00011
+def _check_source(method: str, headers: dict[bytes, bytes], config: ServeConfig) -> None:
+    "Raises: RequestRejected for a web page of another site, or another host name."
+    if not is_known_host(headers, config.allowed_hosts):
+        raise RequestRejected(403, "This host name is not served; --allowed-host allows it.")
+    if is_cross_site(method, headers, config.allowed_origins):
+        raise RequestRejected(403, "Web pages of other sites are not served; "
+                                   "--allowed-origin allows one.")
+
+# %% ../nbs/51_middleware.ipynb #51a00012
+async def _send_rejection(sender: _ResponseSender, path: str, rejected: RequestRejected) -> None:
+    "Sends why a request is rejected, unless its response has begun."
+    if not sender.status:
+        body = error_body(path, rejected.status, rejected.detail)
+        await send_json(sender, rejected.status, body, rejected.headers)
+
+def _route_name(scope: dict, routes: frozenset[str]) -> str:
+    "The route that the metrics count a request under; 'other' if it has none."
+    path = scope["path"] if scope["path"] in routes else "other"
+    return getattr(scope.get("route"), "path", path)
+
 # %% ../nbs/51_middleware.ipynb #25a9a342
+_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
+
 class LimitsMiddleware:
     "ASGI middleware: authentication, limits, timeouts, security headers and metrics."
 
@@ -275,39 +303,22 @@ class LimitsMiddleware:
         try:
             await self._respond(scope, receive, sender)
         except RequestRejected as rejected:
-            if not sender.status:
-                body = error_body(scope["path"], rejected.status, rejected.detail)
-                await send_json(sender, rejected.status, body, rejected.headers)
+            await _send_rejection(sender, scope["path"], rejected)
         finally:
             self.in_flight -= 1
             self.metrics.in_flight.dec()
-            is_route = scope["path"] in self.routes
-            route = getattr(scope.get("route"), "path", scope["path"] if is_route else "other")
+            route = _route_name(scope, self.routes)
             self.metrics.count_request(route, sender.status, time.perf_counter() - begin)
-
-    def _check_source(self, method: str, headers: dict[bytes, bytes]) -> None:
-        "Raises: RequestRejected for a web page of another site, or another host name."
-        if not is_known_host(headers, self.config.allowed_hosts):
-            raise RequestRejected(403, "This host name is not served; --allowed-host allows it.")
-        if is_cross_site(method, headers, self.config.allowed_origins):
-            raise RequestRejected(403, "Web pages of other sites are not served; "
-                                       "--allowed-origin allows one.")
-
-    def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
-        "Raises: RequestRejected without a valid token, or with too many requests in flight."
-        authorization = headers.get(b"authorization", b"")
-        if self.token and not has_valid_token(authorization, self.token):
-            raise RequestRejected(401, "A valid token is required.", www_authenticate=_CHALLENGE)
-        if self.in_flight > self.config.max_queued and path not in NEVER_OVERLOADED:
-            raise RequestRejected(503, OVERLOADED, retry_after="1")
 
     async def _respond(self, scope, receive, sender) -> None:
         "The application's response within the limits. Raises: RequestRejected."
         headers = dict(scope["headers"])
         path = scope["path"]
-        self._check_source(scope["method"], headers)
+        _check_source(scope["method"], headers, self.config)
         if path not in PUBLIC_PATHS:
-            self._admit(path, headers)
+            _check_token(headers, self.token)
+        if path not in NEVER_OVERLOADED and self.in_flight > self.config.max_queued:
+            raise RequestRejected(503, OVERLOADED, retry_after="1")
         is_evaluation = path.startswith("/evaluate")
         timeout = self.config.evaluate_timeout_s if is_evaluation else self.config.request_timeout_s
         try:

@@ -247,6 +247,7 @@ def _shares_of_bins(values: np.ndarray, edges: np.ndarray) -> list[float]:
     bins = np.searchsorted(edges[1:-1], values, side="right")
     return (np.bincount(bins, minlength=len(edges) - 1) / len(values)).tolist()
 
+# %% ../nbs/62_monitor.ipynb #a2ea91e7
 def number_histogram(
     window:np.ndarray, # a number per row
     reference:np.ndarray, # a number per row

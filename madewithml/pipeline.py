@@ -113,6 +113,7 @@ def _literal(path: Path) -> str:
     "The path for papermill, which takes a name in braces for a parameter."
     return str(path).replace("{", "{{").replace("}", "}}")
 
+# %% ../nbs/72_pipeline.ipynb #8933aa38
 def _execute(workload: Workload, folder: Path, parameters: dict[str, Any],
              kernels: type[AsyncKernelManager]) -> None:
     "Executes the notebook; a failed copy is kept beside. Raises: UserError, CheckFailed."

@@ -47,6 +47,7 @@ def _plot_learning_curves(axis: Axes, trials: list[Trial]) -> None:
              title="blue: finished, gray: stopped early")
     axis.xaxis.get_major_locator().set_params(integer=True)
 
+# %% ../nbs/18_plots.ipynb #0131496c
 def _plot_optimization_history(axis: Axes, trials: list[Trial]) -> None:
     losses = [trial.val_loss for trial in trials]
     numbers = range(1, len(losses) + 1)
@@ -77,6 +78,7 @@ def format_value(
     "The value as a short label; floats with three significant digits."
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
+# %% ../nbs/18_plots.ipynb #2e68fa3d
 def _relative_position(distribution: dict[str, list], value: Any) -> float:
     "Position of a value within the range of its distribution, 0 to 1."
     (kind, arguments), = distribution.items()
@@ -220,6 +222,7 @@ def _plot_distribution(axis: Axes, distribution: BinnedDistribution, alarm: bool
     axis.set_xticklabels(_literal(distribution.bins), rotation=40, ha="right", fontsize=8)
     axis.legend(fontsize=8)
 
+# %% ../nbs/18_plots.ipynb #fad0d4eb
 @with_plot_style
 def plot_monitor(
     results:MonitorResults, # of `monitor_model`

@@ -152,6 +152,7 @@ def _read_members(archive: zipfile.ZipFile) -> dict[str, BaseResults]:
         results[name] = schema.model_validate_json(archive.read(member.filename))
     return results
 
+# %% ../nbs/75_pr_comment.ipynb #b1b3c201
 def read_artifact(
     data:bytes, # the zip file
 ) -> dict[str, BaseResults]:
@@ -197,6 +198,7 @@ def _load_event(path: str|Path) -> dict[str, Any]:
                         "In a workflow, pass $GITHUB_EVENT_PATH.")
     return event
 
+# %% ../nbs/75_pr_comment.ipynb #755808f4
 def _run_info(run: dict[str, Any], has_results: bool) -> str:
     "Markdown about the run: commit, link, conclusion."
     link = f"[run {run['run_number']}]({run['html_url']})"

@@ -247,6 +247,7 @@ def _remove_later_parts(output: str, num_shards: int) -> None:
         if part and int(part[1]) >= num_shards:
             filesystem.delete_file(info.path)
 
+# %% ../nbs/31_predict.ipynb #67831ec6
 def _write_output(output: str, store: ShardStore) -> None:
     "Writes one file, or a directory with a file for each shard."
     schema = store.read(0).schema

@@ -53,6 +53,7 @@ def write_log_file(
         table = pa.Table.from_pylist(rows, SCHEMA)
         parquet.write_table(table, temporary, compression="zstd")
 
+# %% ../nbs/52_prediction_log.ipynb #218faa6c
 def remove_oldest(
     folder:Path, # directory of the log
     max_files:int, # files to keep

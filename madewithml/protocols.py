@@ -35,6 +35,7 @@ class RequestRejected(Exception):
         self.detail = detail
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
+# %% ../nbs/50_protocols.ipynb #ec86040c
 class ProtocolError(RequestRejected):
     "A request that a protocol does not allow, in one sentence."
 
@@ -177,6 +178,7 @@ def _tensor_texts(tensor: InferInput) -> list[str]:
                             f"{len(values)} texts.")
     return values
 
+# %% ../nbs/50_protocols.ipynb #f1d9d5b5
 def infer_items(
     request:InferRequest, # its inputs
     columns:tuple[str, ...], # text columns of the model
@@ -246,6 +248,7 @@ def model_metadata(
                     for output, (datatype, shape) in shapes.items()],
         "parameters": {"labels": engine.labels}}
 
+# %% ../nbs/50_protocols.ipynb #136190ef
 def model_version(
     engine:Engine, # that serves
 ) -> str:

@@ -90,6 +90,7 @@ def _silence_ray() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
 
+# %% ../nbs/05_ray_session.ipynb #d37d7d6d
 def _private_cluster_env(fixed_address: bool) -> dict[str, str]:
     "Environment of a private cluster's processes."
     variables = worker_env_vars()

@@ -34,6 +34,7 @@ def _model_name(name: str|None) -> str:
     except ValueError as error:
         raise UserError(f"--model-name: {error}, got {name!r}.") from None
 
+# %% ../nbs/40_registry.ipynb #e63348c5
 def get_aliases(
     name:str|None=None, # registered model; None: the setting `registry_name`
 ) -> dict[str, int]:
@@ -94,6 +95,7 @@ def _remove_lock(lock: str, condition: Callable[[RegisteredModel], bool]) -> Non
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST": raise  # released meanwhile
 
+# %% ../nbs/40_registry.ipynb #c8841a4d
 def _acquire_lock(lock: str, owner: str, timeout: float, stale_after: float) -> None:
     "Creates the registry entry that serves as the lock. Raises: CheckFailed after the timeout."
     client = mlflow_client()
@@ -212,6 +214,7 @@ def _create_version(model_uri: str, name: str, run_id: str) -> ModelVersion:
         if error.error_code != "RESOURCE_ALREADY_EXISTS": raise
     return client.create_model_version(name, model_uri, run_id=run_id)
 
+# %% ../nbs/40_registry.ipynb #b3b3f592
 def register_model(
     run_id:str, # MLflow run that trained the classifier
     name:str|None=None, # registered model; None: the setting `registry_name`

@@ -37,6 +37,7 @@ def escape_cell(
         text = text.replace(character, "\\" + character)
     return text
 
+# %% ../nbs/70_report.ipynb #1b52853c
 def markdown_table(
     header:list[str], # column names, trusted
     rows:list[list], # cells, escaped here
@@ -216,6 +217,7 @@ def gate_markdown(
                      "yes" if check.success else "NO"])
     return markdown_table(["check", "challenger", "champion", "limit", "passed"], rows)
 
+# %% ../nbs/70_report.ipynb #8525af6a
 def _promotion(results: PromoteResults) -> str:
     "The decision, the paired difference in F1 and all checks."
     champion = "without a champion to compare with"
@@ -268,6 +270,7 @@ def record_seconds(
     parts = _read_seconds(folder) | {part: round(seconds, 1)}
     write_json(Path(folder) / SECONDS_FILE, parts)
 
+# %% ../nbs/70_report.ipynb #49d6d635
 def _seconds_table(folder: str|Path) -> str:
     parts = _read_seconds(folder)
     rows = [[part, f"{seconds:.1f}"] for part, seconds in parts.items()]

@@ -83,6 +83,7 @@ def _rows_to_train_on(tables: TriggerTables, state_dir: Path) -> pd.DataFrame:
                for result in read_ingest_results(state_dir) if result.status == "accepted"]
     return pd.concat([rows, *waiting], ignore_index=True)[list(rows)]
 
+# %% ../nbs/73_retrain.ipynb #00a2c193
 def validate_new_tables(
     new_tables:list[NewTable], # of a scan
     tables:TriggerTables, # what they are compared with
@@ -178,6 +179,7 @@ def _champion_run_id(model_name: str|None) -> str:
     if "champion" not in get_aliases(model_name): return ""
     return resolve_alias("champion", model_name)[1]
 
+# %% ../nbs/73_retrain.ipynb #3c667282
 def _promote_challenger(run_dir: Path, tables: TriggerTables,
                         options: TriggerOptions) -> RetrainOutcome:
     "Compares the challenger of this run with the champion and promotes it if it passes the gate."

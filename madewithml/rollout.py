@@ -25,6 +25,7 @@ def served_version(
     with urllib.request.urlopen(request, timeout=timeout) as response:  # noqa: S310
         return json.load(response)
 
+# %% ../nbs/57_rollout.ipynb #138acc2d
 def _describe(info: dict[str, Any]) -> str:
     "The version that answers, and the reason if a later one was rejected."
     text = f"version {info['version']} answers"

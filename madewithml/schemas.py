@@ -77,6 +77,7 @@ class Repair(StrictModel):
     num_rows: int = Field(ge=1, description="rows that were changed or set aside")
     examples: list[str] = Field(default_factory=list, description="the first of them")
 
+# %% ../nbs/02_schemas.ipynb #665b20ab
 class TrainResults(BaseResults):
     "Results of the workload `train`."
     run_id: str = Field(description="MLflow run")

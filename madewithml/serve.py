@@ -56,6 +56,7 @@ def _infer_by_engine(texts: list[EncodedText]) -> list[np.ndarray]:
             results[i] = row
     return results
 
+# %% ../nbs/56_serve.ipynb #c704faab
 def _in_replica() -> bool:
     "Whether this process is a replica of Ray Serve, where `serve.batch` works."
     try:
@@ -142,9 +143,16 @@ class _Recorder:
         if self.prediction_log:
             self.prediction_log.close()
 
-# %% ../nbs/56_serve.ipynb #0581532a
+# %% ../nbs/56_serve.ipynb #56a00040
 _MAX_INLINE_CHARS = 10_000  # longer requests are tokenized in another thread
 
+async def _encode(engine: Engine, texts: list[str]) -> list[list[int]]:
+    "Token ids of each text."
+    encode = lambda: [engine.encode(text) for text in texts]
+    is_short = sum(map(len, texts)) < _MAX_INLINE_CHARS
+    return encode() if is_short else await asyncio.to_thread(encode)
+
+# %% ../nbs/56_serve.ipynb #0581532a
 class PredictionService:
     "State of a replica: encode, batch, predict, follow the registry, log."
 
@@ -195,9 +203,7 @@ class PredictionService:
             threshold = engine.threshold
         else:
             resolve_threshold(engine.fallback_label, threshold)
-        encode = lambda: [engine.encode(text) for text in texts]
-        is_short = sum(map(len, texts)) < _MAX_INLINE_CHARS
-        ids = encode() if is_short else await asyncio.to_thread(encode)
+        ids = await _encode(engine, texts)
         probabilities = await self.batcher.batched_infer(engine, ids)
         if threshold != engine.threshold:
             probabilities = await self.batcher.run(engine.refine, probabilities, ids, threshold)
@@ -318,6 +324,7 @@ def _require_text(item: BaseModel) -> BaseModel:
         raise ValueError(f"an item needs {' or '.join(map(repr, type(item).model_fields))}")
     return item
 
+# %% ../nbs/56_serve.ipynb #acdf880c
 def item_schema(
     config:ServeConfig, # with the limits
 ) -> type[BaseModel]:

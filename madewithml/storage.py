@@ -88,6 +88,7 @@ def compute_checksums(
     return {path.relative_to(folder).as_posix(): content_hash(path)
             for path in files if path != folder / _CHECKSUMS}
 
+# %% ../nbs/03_storage.ipynb #828ddbd2
 def write_checksums(
     folder:str|Path, # local directory, complete
 ) -> None:

@@ -138,6 +138,7 @@ def _job_command(workload: str, args: list[str], run_name: str) -> str:
         return shlex.join(["madewithml", "run", "--run-name", run_name, *args])
     return shlex.join(["madewithml", "workload", workload, "--run-name", run_name, "--", *args])
 
+# %% ../nbs/81_submit.ipynb #bc66475d
 def _submit_job(client: JobSubmissionClient, workload: str, args: list[str], run_name: str,
                 variables: dict[str, str]) -> str:
     "Id of the submitted job."

@@ -205,6 +205,7 @@ def load_suite(
         raise UserError(f"{path}: the description {twice!r} occurs twice.")
     return suite
 
+# %% ../nbs/12_suite.ipynb #0df8cf7d
 def find_suite(
     dataset_loc:str|Path, # labeled table
     path:str|Path|None=None, # suite; None: `suite.yaml` beside the table

@@ -401,6 +401,7 @@ def _telling_block(file: TableFile, stream: Any, sample: bytes) -> bytes:
         block = following
     return block
 
+# %% ../nbs/08_tables.ipynb #e87d2aae
 def _sample_text(file: TableFile) -> tuple[str, str]:
     "The beginning of a text file, whole lines, and its encoding. Raises: UserError."
     with open_decompressed(file) as stream:
@@ -530,6 +531,7 @@ def _json_batch(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch
         columns.append(pa.array(values, column.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
+# %% ../nbs/08_tables.ipynb #1c85fbd3
 def _json_batches(values: Callable[[], Iterator[Any]], schema: pa.Schema
                   ) -> Iterator[pa.RecordBatch]:
     rows = []

@@ -93,6 +93,7 @@ def _artifact_location(experiment_name: str) -> str|None:
     if settings.tracking_uri and not settings.shared_uri: return None
     return _as_uri(persistent_uri("mlflow", "artifacts", content_hash(experiment_name)))
 
+# %% ../nbs/04_tracking.ipynb #054da88c
 def get_or_create_experiment(
     name:str, # MLflow experiment
 ) -> str:
@@ -117,6 +118,7 @@ def _git_commit(root: Path) -> str:
     git = subprocess.run(command, capture_output=True, text=True, check=False)
     return git.stdout.strip() or "unknown"
 
+# %% ../nbs/04_tracking.ipynb #89c5ee91
 @lru_cache(maxsize=1)
 def provenance() -> dict[str, str]:
     "Git commit and lock file hash of this checkout, or of the one that submitted the job."
@@ -144,6 +146,7 @@ def _dataset_input(loc: str, digest: str) -> DatasetInput:
     source = json.dumps({"uri": _as_uri(loc)})
     return DatasetInput(Dataset(Path(loc).name, digest, source_type, source))
 
+# %% ../nbs/04_tracking.ipynb #bfd36059
 def create_run(
     experiment_id:str, # MLflow experiment
     name:str, # display name of the run
@@ -223,6 +226,7 @@ def _download_once(run_id: str) -> Path:
                                                 dst_path=str(temporary))
     return folder
 
+# %% ../nbs/04_tracking.ipynb #f55b146d
 def fetch_checkpoint(
     run_id:str, # MLflow run that trained the classifier
 ) -> Path:

@@ -97,6 +97,7 @@ def _replaced_forward(module: nn.Module, forward: Callable[..., torch.Tensor]) -
     finally:
         del module.forward
 
+# %% ../nbs/19_training_mode.ipynb #2ea0f59e
 @contextmanager
 def _replaced_attention(model: PreTrainedModel) -> Iterator[None]:
     "Computes attention by `attention_without_dropout` if the encoder's attention can be chosen."

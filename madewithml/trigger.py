@@ -133,6 +133,7 @@ def _describe_alarm(window: dict[str, Any], kind: str) -> str:
         return f" (last: {', '.join(window['alarms'])}; {window['num_samples']} rows)"
     return ""
 
+# %% ../nbs/65_trigger.ipynb #e937cb2f
 def request_for_alarms(
     evidence:dict[str, Any], # of `collect_evidence`
     kind:str, # 'drift' or 'performance'

@@ -98,6 +98,7 @@ def _console_handler() -> logging.Handler:
     handler.setLevel(get_settings().log_level)
     return handler
 
+# %% ../nbs/01_utils.ipynb #ad0ef9b5
 @lru_cache(maxsize=1)
 def get_logger() -> logging.Logger:
     "The package's logger, with a console and a file handler."

@@ -11,25 +11,25 @@ proxy quality reference results session worker"""
 # `.name` is a member of any class, `Class.name` of one, the rest are on the level of a module.
 OLD_NAMES = """code_dir checkout packaged_dir workload_notebook digest give_way read_policy
 read_token read_trigger_policy .fix Settings.storage Settings.shared Settings.results
-.created_column .llm .threshold .node_wait_s .freeze_layers .warm_start .watch_s .max_waiting
-.deadline_s .evaluate_deadline_s .max_items .max_chars .data_roots .log_sample .log_rows
-.log_seconds .log_files ServeConfig.shadow PromotionPolicy.min_rows .max_p99_ratio .max_p50_ratio
-.windows_in_row .cool_down_hours .alert_again_hours .settle_seconds .confident .extra_disagreement
-.false_refusals .on_refused_data .webhook_tries .enough .first_val_loss .unlikeness
-EpochMetrics.rows EpochMetrics.seconds BatchResults.loc IngestResult.loc IngestResult.state Results
-RESULTS Expectation Scores Overall BehaviorCase Mistake Candidate GateCheck DriftTest Performance
-Distribution UnlikeRow Explanation BatchResults environment worker_env free_ports locate durable
-seal damage connect_mlflow experiment_id who_asks begin_run log_best best_run_id checkpoint_dir
-styled INK SHADES open_location read_labeled row_texts text_key label_ids Tokens worker_batches
-pad_rows pad_batch table_digest measure Rule column_rule shape_rules text_rules label_rules
-record_rules run_rules check write_docs ZONES pick_device pick_precision bf16_in_hardware
-encoder_source model_inputs label_names predict_tokens max_tokens settle_close_calls freeze_lower
-warm_start balanced_weights label_weights divide_logits FineTuning .moving run_epochs best_epoch
-stopped_early num_steps train_loop first_sound calibrated Events start_worker TrainJob.name make_job
-prepare_rows log_history open_run place make_trainer open_search importance child_run scores
-per_class_scores bootstrap_f1 slice_rows read_behavior test_behavior fit_baseline decide answers
-Predictor.proba predict_with aliases moving move_champion rollback_model latencies
-measure_candidates gate log_classifier Rows see_rows word_rows own_rows make_reference
+.created_column .llm Settings.threshold .node_wait_s .freeze_layers .warm_start .watch_s
+.max_waiting .deadline_s .evaluate_deadline_s .max_items .max_chars .data_roots .log_sample
+.log_rows .log_seconds .log_files ServeConfig.shadow PromotionPolicy.min_rows .max_p99_ratio
+.max_p50_ratio .windows_in_row .cool_down_hours .alert_again_hours .settle_seconds .confident
+.extra_disagreement .false_refusals .on_refused_data .webhook_tries .enough .first_val_loss
+.unlikeness EpochMetrics.rows EpochMetrics.seconds BatchResults.loc IngestResult.loc
+IngestResult.state Results RESULTS Expectation Scores Overall BehaviorCase Mistake Candidate
+GateCheck DriftTest Performance Distribution UnlikeRow Explanation BatchResults environment
+worker_env free_ports locate durable seal damage connect_mlflow experiment_id who_asks begin_run
+log_best best_run_id checkpoint_dir styled INK SHADES open_location read_labeled row_texts text_key
+label_ids Tokens worker_batches pad_rows pad_batch table_digest measure Rule column_rule shape_rules
+text_rules label_rules record_rules run_rules check write_docs ZONES pick_device pick_precision
+bf16_in_hardware encoder_source model_inputs label_names predict_tokens max_tokens
+settle_close_calls freeze_lower warm_start balanced_weights label_weights divide_logits FineTuning
+.moving run_epochs best_epoch stopped_early num_steps train_loop first_sound calibrated Events
+start_worker TrainJob.name make_job prepare_rows log_history open_run place make_trainer open_search
+importance child_run scores per_class_scores bootstrap_f1 slice_rows read_behavior test_behavior
+fit_baseline decide answers Predictor.proba predict_with aliases moving move_champion rollback_model
+latencies measure_candidates gate log_classifier Rows see_rows word_rows own_rows make_reference
 keep_reference reference_of trace_graph eager cut_by_length passes Guard Refused bears_token OPEN
 under_way Journal Proxy complete_config await_version Versions .look .look_again Service .gather
 .who .about Shadow read_allowed Answer Answers Table Wrong make_app Classifier loop_dir
