@@ -7,9 +7,9 @@ __all__ = ['Precision', 'UserError', 'CheckFailed', 'package_dir', 'repo_root', 
            'check_model_name', 'Settings', 'format_validation_error', 'get_settings', 'Options', 'read_yaml',
            'TrainConfig', 'parse_train_config', 'TrainOptions', 'parse_train_options', 'TuneOptions',
            'parse_tune_options', 'RunOptions', 'TriggerOptions', 'ServedModel', 'ServiceLimits', 'PredictionLogOptions',
-           'ServeConfig', 'parse_serve_config', 'load_token', 'PromotionPolicy', 'load_promotion_policy',
-           'TriggerPolicy', 'load_trigger_policy', 'TableSettings', 'load_table_settings', 'bundled_dir',
-           'workload_path', 'run_folder']
+           'ServeConfig', 'parse_serve_config', 'load_token', 'CanaryPolicy', 'PromotionPolicy',
+           'load_promotion_policy', 'TriggerPolicy', 'load_trigger_policy', 'TableSettings', 'load_table_settings',
+           'bundled_dir', 'workload_path', 'run_folder']
 
 # %% ../nbs/00_config.ipynb #da962182
 import json, re
@@ -446,6 +446,9 @@ class ServedModel(Options):
                     "setting `min_confidence`)")
     poll_interval_s: float = Field(2.0, ge=0, le=3600,
         description="seconds between checks of the alias; 0: check once")
+    caller_header: str = Field("x-user-id", min_length=1,
+        description="header that names a caller, who stays on one side of a canary; without it "
+                    "the text decides")
     shadow_challenger: bool = Field(False,
         description="send a copy of the traffic to the challenger and log where it differs")
     runtime: Literal["auto", "openvino", "torch"] = Field("auto",
@@ -538,6 +541,41 @@ def load_token(
                         "Create one with `openssl rand -hex 32`.")
     return token
 
+# %% ../nbs/00_config.ipynb #00a00050
+_Share = Annotated[float, Field(gt=0, le=1)]
+
+class CanaryPolicy(Options):
+    "How a new champion reaches users, the field `canary` of the promotion policy."
+    steps: tuple[_Share, ...] = Field((0.01, 0.05, 0.25, 0.5, 1.0), min_length=1,
+        description="shares of the callers that the canary answers, ascending")
+    min_step_requests: int = Field(100, ge=1,
+        description="requests that the canary must answer in a step before the next")
+    max_hours: float = Field(24.0, gt=0,
+        description="hours after which a canary that is not proven good is taken back")
+    alpha: float = Field(0.05, gt=0, lt=1,
+        description="probability that an equally good canary is ever stopped, shared by the tests")
+    max_failure_rate: float = Field(0.01, gt=0, lt=1,
+        description="maximum share of requests that the canary fails to answer")
+    max_disagreement: float = Field(0.1, gt=0, lt=1,
+        description="maximum share of requests in which it predicts another label than the "
+                    "champion")
+    max_abstention_increase: float = Field(0.05, gt=0, lt=1,
+        description="maximum increase of the share of requests with the fallback label")
+    max_slow_increase: float = Field(0.1, gt=0, lt=1,
+        description="maximum increase of the share of requests that take longer than the "
+                    "champion's median")
+    max_error_increase: float = Field(0.05, gt=0, lt=1,
+        description="maximum increase of the share of wrong labels, where labels are given")
+    max_exits: int = Field(1, ge=0,
+        description="maximum number of times that the canary's process may end")
+
+    @field_validator("steps")
+    @classmethod
+    def _ascending(cls, steps: tuple[float, ...]) -> tuple[float, ...]:
+        if list(steps) != sorted(set(steps)):
+            raise ValueError("the steps must ascend")
+        return steps
+
 # %% ../nbs/00_config.ipynb #5cc34d5f
 class PromotionPolicy(Options):
     "Limits that a challenger must keep, the fields of the YAML file `promote --policy`."
@@ -563,6 +601,8 @@ class PromotionPolicy(Options):
         description="maximum median latency relative to the champion's")
     max_size_ratio: float = Field(2.0, gt=0,
         description="maximum size of the checkpoint relative to the champion's")
+    canary: CanaryPolicy | None = Field(None,
+        description="steps in which a challenger that passes reaches users; null: at once")
 
 # %% ../nbs/00_config.ipynb #8526cae3
 def load_promotion_policy(

@@ -214,12 +214,15 @@ class TokenClassifier:
         self.version = version
         self.run_id = run_id
         self.threads = threads or os.cpu_count() or 1
-        self.runtime, self.facts = load_runtime(Path(folder), runtime, precision, self.threads)
+        self.runtime, self.facts = self._load(Path(folder), runtime, precision)
         self.labels = self.facts.labels
         self.fallback_label, self.threshold = resolve_threshold(
             self.facts.fallback_label, threshold)
         self.tokenizer = Tokenizer.from_str(self.facts.tokenizer)
         _check_finite(self.infer([[self.facts.unknown_id] * _WIDTH_STEP]))
+
+    def _load(self, folder: Path, runtime: str, precision: str) -> tuple[Runtime, ClassifierFacts]:
+        return load_runtime(folder, runtime, precision, self.threads)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

@@ -15,6 +15,7 @@ from typing import Any
 import prometheus_client as prometheus
 from prometheus_client import multiprocess, values
 
+from .canary_router import current_caller
 from .config import ServeConfig
 from .protocols import OVERLOADED, RequestRejected, error_body
 from .utils import is_process_alive
@@ -289,6 +290,7 @@ class LimitsMiddleware:
         self.token = token
         self.metrics = metrics
         self.routes = routes
+        self.caller_header = config.caller_header.lower().encode()
         self.in_flight = 0
         metrics.max_in_flight.set(config.max_queued)
 
@@ -315,6 +317,8 @@ class LimitsMiddleware:
         headers = dict(scope["headers"])
         path = scope["path"]
         _check_source(scope["method"], headers, self.config)
+        if caller := headers.get(self.caller_header):
+            current_caller.set(caller.decode("latin-1"))
         if path not in PUBLIC_PATHS:
             _check_token(headers, self.token)
         if path not in NEVER_OVERLOADED and self.in_flight > self.config.max_queued:

@@ -6,8 +6,8 @@
 __all__ = ['MAX_WINDOW_ROWS', 'COMPARISONS', 'read_log', 'parse_since', 'select_window', 'window_columns', 'reference_columns',
            'Difference', 'compare_embeddings', 'compare_classes', 'compare_languages', 'compare_numbers',
            'compare_flags', 'class_histogram', 'number_histogram', 'Comparison', 'drift_tests', 'apply_correction',
-           'read_delayed_labels', 'realized_performance', 'estimated_performance', 'explain_drift', 'monitor_model',
-           'tests_table', 'require_no_alarm']
+           'read_delayed_labels', 'count_errors', 'realized_performance', 'estimated_performance', 'explain_drift',
+           'monitor_model', 'tests_table', 'require_no_alarm']
 
 # %% ../nbs/62_monitor.ipynb #89435ac7
 import re
@@ -355,6 +355,23 @@ def read_delayed_labels(
         if normalize_label(label):
             labels[digest] = normalize_label(label)
     return labels
+
+# %% ../nbs/62_monitor.ipynb #62a00032
+def count_errors(
+    log_dir:str|Path, # directory of the prediction log
+    labels_loc:str|Path, # see `read_delayed_labels`
+    versions:tuple[int, int], # of the registered model
+    since:float, # earliest prediction, s since the epoch
+) -> tuple[int, int, int, int]:
+    "Wrong and labeled predictions of the first version, and of the second. Raises: UserError."
+    labels = read_delayed_labels(labels_loc)
+    if not any(Path(log_dir).glob("[!.]*.parquet")): return (0, 0, 0, 0)  # nothing logged yet
+    log = read_log(log_dir)
+    log = log[log["timestamp"] >= pd.Timestamp(since, unit="s", tz="UTC")]
+    labeled = log.assign(truth=log["text_digest"].map(labels)).dropna(subset="truth")
+    first, second = (labeled[labeled["version"] == version] for version in versions)
+    return (int((first["prediction"] != first["truth"]).sum()), len(first),
+            int((second["prediction"] != second["truth"]).sum()), len(second))
 
 # %% ../nbs/62_monitor.ipynb #1e8c401a
 def _labeled_holdout(reference: Reference) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

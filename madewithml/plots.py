@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plot_history', 'plot_trials', 'format_value', 'plot_parallel', 'plot_confusion', 'plot_reliability',
-           'plot_comparison', 'plot_monitor']
+           'plot_comparison', 'plot_canary', 'plot_monitor']
 
 # %% ../nbs/18_plots.ipynb #169e9677
 import math
@@ -14,8 +14,9 @@ import matplotlib.pyplot as plt, numpy as np
 from matplotlib.axes import Axes
 
 from .plot_style import NEUTRAL, PALETTE, SEQUENTIAL_CMAP, with_plot_style
-from .schemas import (BinnedDistribution, EpochMetrics, EvaluateResults, MonitorResults,
-                                PromoteResults, Trial, TuneResults)
+from .schemas import (
+    BinnedDistribution, CanaryLook, CanaryResults, EpochMetrics, EvaluateResults, MonitorResults,
+    PromoteResults, Trial, TuneResults)
 
 # %% ../nbs/18_plots.ipynb #6181a4cb
 @with_plot_style
@@ -210,6 +211,40 @@ def plot_comparison(
     labels = [f"{name} ({old[name].num_samples})" for name in names]
     axis.set(yticks=positions, yticklabels=_literal(labels), xlabel="F1 (rows in brackets)")
     axis.legend(fontsize=8)
+    return figure
+
+# %% ../nbs/18_plots.ipynb #18a00031
+def _mark_steps(axis: Axes, looks: list[CanaryLook]) -> None:
+    "A line where the canary got more callers, with their share."
+    previous = 0.0
+    for look in looks:
+        if look.share != previous:
+            axis.axvline(max(look.requests, 1), color=NEUTRAL, linewidth=0.8, linestyle=":")
+            axis.annotate(f"{look.share:.0%}", (max(look.requests, 1), 1), (2, -2),
+                          xycoords=("data", "axes fraction"), textcoords="offset points",
+                          va="top", fontsize=8)
+        previous = look.share
+
+# %% ../nbs/18_plots.ipynb #18a00032
+@with_plot_style
+def plot_canary(
+    results:CanaryResults, # of a canary
+) -> plt.Figure:
+    "Evidence that the canary is worse, by its requests; the dotted lines are its steps."
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    looks = results.looks
+    requests = [max(look.requests, 1) for look in looks]
+    for i, check in enumerate(results.checks):
+        values = [look.log_e_values[check.name] / np.log(10) for look in looks]
+        axis.plot(requests, values, label=check.name, color=PALETTE[i % len(PALETTE)],
+                  marker="." if len(looks) < 30 else "")
+    limit = np.log10(len(results.checks) / results.policy["alpha"]) if results.checks else 1.0
+    axis.axhline(limit, color=NEUTRAL, label="taken back")
+    _mark_steps(axis, looks)
+    axis.set(xscale="log", xlabel="requests of the canary", ylabel="e-value (power of 10)",
+             title=f"version {results.version}: {results.decision}")
+    axis.set_ylim(max(axis.get_ylim()[0], -4), None)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 # %% ../nbs/18_plots.ipynb #a28ed15d

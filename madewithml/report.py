@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from .config import UserError
-from .schemas import (RESULT_SCHEMAS, BaseResults, ClassificationMetrics, EvaluateResults,
-                                MonitorResults, PolicyCheck, PredictResults, PromoteResults,
-                                RegisterResults, TrainResults, ValidateResults, performance_line,
-                                read_results, window_line)
+from .schemas import (
+    RESULT_SCHEMAS, BaseResults, CanaryLook, CanaryResults, ClassificationMetrics, EvaluateResults,
+    MonitorResults, PolicyCheck, PredictResults, PromoteResults, RegisterResults, TrainResults,
+    ValidateResults, performance_line, read_results, window_line)
 from .utils import get_logger, run_command, shorten, write_json
 
 # %% ../nbs/70_report.ipynb #b37d63cd
@@ -217,6 +217,27 @@ def gate_markdown(
                      "yes" if check.success else "NO"])
     return markdown_table(["check", "challenger", "champion", "limit", "passed"], rows)
 
+# %% ../nbs/70_report.ipynb #70a00040
+def _canary_results(results: dict[str, BaseResults]) -> CanaryResults|None:
+    "Of `canary start`, or of a promotion in steps."
+    promotion = get_results(results, PromoteResults)
+    return get_results(results, CanaryResults) or (promotion.canary if promotion else None)
+
+def _canary(results: CanaryResults) -> str:
+    "The decision, and the rates of canary and champion."
+    last = results.looks[-1] if results.looks else CanaryLook(
+        seconds=0, share=0, requests=0, log_e_values={})
+    reason = f": {escape_cell(results.reason)}" if results.reason else ""
+    line = (f"Version {results.version} was a canary for {last.seconds / 60:.0f} minutes and "
+            f"{last.requests} requests, up to {last.share:.0%} of the callers: "
+            f"**{results.decision}**{reason}.")
+    rows = [[check.name, f"{check.canary:.3f}",
+             "" if check.champion is None else f"{check.champion:.3f}", f"{check.limit:.3f}",
+             "yes" if check.is_good else "", "YES" if check.is_worse else ""]
+            for check in results.checks]
+    header = ["metric", "canary", "champion", "limit", "proven good", "proven worse"]
+    return f"{line}\n\n{markdown_table(header, rows)}"
+
 # %% ../nbs/70_report.ipynb #8525af6a
 def _promotion(results: PromoteResults) -> str:
     "The decision, the paired difference in F1 and all checks."
@@ -342,6 +363,8 @@ def render_sections(
         sections["Training"] = _training(training)
     if promotion := get_results(results, PromoteResults):
         sections["Promotion"] = _promotion(promotion)
+    if canary := _canary_results(results):
+        sections["Canary"] = _canary(canary)
     if window := get_results(results, MonitorResults):
         sections["Monitoring"] = _monitoring(window)
     sections["Other workloads"] = _summary_lines(results)
@@ -350,7 +373,8 @@ def render_sections(
 # %% ../nbs/70_report.ipynb #885f19da
 def _save_plots(results: dict[str, BaseResults], folder: Path) -> dict[str, str]:
     "Saves the plots in `folder`; returns the Markdown that shows them, by section title."
-    from madewithml.plots import plot_confusion, plot_history, plot_monitor, plot_reliability
+    from madewithml.plots import (
+        plot_canary, plot_confusion, plot_history, plot_monitor, plot_reliability)
     figures = []  # section title, file name, description, figure
     if evaluation := get_results(results, EvaluateResults):
         figures += [("", "confusion", "confusion matrix", plot_confusion(evaluation)),
@@ -358,6 +382,8 @@ def _save_plots(results: dict[str, BaseResults], folder: Path) -> dict[str, str]
     if training := get_results(results, TrainResults):
         history = plot_history(training.metrics)
         figures.append(("Training", "history", "loss and F1 by epoch", history))
+    if canary := _canary_results(results):
+        figures.append(("Canary", "canary", "e-values by requests", plot_canary(canary)))
     window = get_results(results, MonitorResults)
     if window and window.distributions:
         figures.append(("Monitoring", "monitor", "window and reference", plot_monitor(window)))

@@ -26,7 +26,7 @@ from .ingest_checks import (IngestBaseline, build_training_table, champion_predi
                                       merge_tables, read_accepted_rows, read_ingest_results,
                                       save_ingest_result, training_lineage, validate_new_table)
 from .pipeline import run_pipeline
-from .promotion import promote_model
+from .promotion import follow_promotion, promote_model
 from .registry import get_aliases, resolve_alias
 from .report import write_report
 from .schemas import (IngestResult, MonitorResults, PromoteResults, RegisterResults,
@@ -137,6 +137,7 @@ def promotion_outcome(
     try:
         require_promotion(results)
     except CheckFailed as error:
+        if results.canary: return RetrainOutcome("rejected", str(error), "rejected")
         is_only_slow = all(check.success or "latency" in check.name for check in results.checks)
         if not is_only_slow: return RetrainOutcome("rejected", str(error), "rejected")
         retry = "Only its latency failed, so its new rows are tried again after the cooldown."
@@ -188,6 +189,7 @@ def _promote_challenger(run_dir: Path, tables: TriggerTables,
         description = f"Version {challenger.version} is the champion already."
         return RetrainOutcome("promoted", description, "merged")
     results = promote_model(options.model_name, tables.holdout_loc, options.promotion_policy)
+    results = follow_promotion(results)
     write_results(results, run_dir / "promote.json")
     write_report(run_dir)
     print(gate_table(results).to_string(), flush=True)

@@ -6,9 +6,10 @@
 __all__ = ['Severity', 'MIN_WINDOW_ROWS', 'RESULT_SCHEMAS', 'StrictModel', 'BaseResults', 'ExpectationResult', 'ValidateResults',
            'EpochMetrics', 'Repair', 'TrainResults', 'Trial', 'TuneResults', 'ClassificationMetrics', 'OverallMetrics',
            'CalibrationBin', 'BehavioralTestResult', 'Misclassification', 'EvaluateResults', 'PredictResults',
-           'RegisterResults', 'CandidateMetrics', 'PolicyCheck', 'PromoteResults', 'DriftTestResult',
-           'PerformanceEstimate', 'BinnedDistribution', 'DriftedExample', 'DriftExplanation', 'MonitorResults',
-           'TriggerResults', 'IngestResult', 'window_line', 'performance_line', 'write_results', 'read_results']
+           'RegisterResults', 'CandidateMetrics', 'PolicyCheck', 'CanaryCheck', 'CanaryLook', 'CanaryResults',
+           'PromoteResults', 'DriftTestResult', 'PerformanceEstimate', 'BinnedDistribution', 'DriftedExample',
+           'DriftExplanation', 'MonitorResults', 'TriggerResults', 'IngestResult', 'window_line', 'performance_line',
+           'write_results', 'read_results']
 
 # %% ../nbs/02_schemas.ipynb #83835c0b
 from datetime import UTC, datetime
@@ -233,16 +234,46 @@ class PolicyCheck(StrictModel):
     limit: float = Field(description="minimum or maximum for the challenger")
     success: bool
 
+# %% ../nbs/02_schemas.ipynb #02a00041
+class CanaryCheck(StrictModel):
+    "One metric of a canary, beside the callers of the same number that the champion answered."
+    name: str
+    canary: float = Field(description="rate among its requests")
+    champion: float | None = Field(None, description="rate among the champion's; null: a limit")
+    limit: float = Field(description="maximum rate, or increase over the champion's")
+    log_e_value: float = Field(description="evidence that it is worse, natural logarithm")
+    is_worse: bool
+    is_good: bool = Field(description="whether the confidence sequence is within the limit")
+
+class CanaryLook(StrictModel):
+    "The evidence at one moment."
+    seconds: float = Field(ge=0, description="since the start")
+    share: float = Field(ge=0, le=1, description="of the callers")
+    requests: int = Field(ge=0, description="that the canary was asked")
+    log_e_values: dict[str, float]
+
+class CanaryResults(BaseResults):
+    "Results of `madewithml canary start`."
+    model_name: str
+    canary_id: str
+    version: int
+    champion_version: int
+    decision: Literal["running", "promoted", "taken back"] = "running"
+    reason: str = Field("", description="why it was taken back; else empty")
+    policy: dict[str, Any]
+    checks: list[CanaryCheck] = []
+    looks: list[CanaryLook] = []
+
 # %% ../nbs/02_schemas.ipynb #6274244a
 class PromoteResults(BaseResults):
     "Results of the workload `promote`."
     model_name: str
-    decision: Literal["promoted", "forced", "rejected"]
+    decision: Literal["promoted", "forced", "rejected", "canary", "taken back"]
     by: str = Field(description="user who requested the promotion")
     reason: str = Field(description="reason of a forced promotion; else empty")
     dataset_loc: str
     dataset_digest: str
-    policy: dict[str, float]
+    policy: dict[str, Any]
     checks: list[PolicyCheck]
     challenger: CandidateMetrics
     champion: CandidateMetrics | None = Field(
@@ -251,6 +282,8 @@ class PromoteResults(BaseResults):
     f1_difference_low: float = Field(
         0, description="lower end of its 95 % interval (paired Bayesian bootstrap)")
     f1_difference_high: float = Field(0, description="upper end")
+    canary: CanaryResults | None = Field(
+        None, description="how it reached users; null: at once")
 
 # %% ../nbs/02_schemas.ipynb #c5f9eee1
 class DriftTestResult(StrictModel):
@@ -402,6 +435,7 @@ RESULT_SCHEMAS = {
     "predict": PredictResults,
     "register": RegisterResults,
     "promote": PromoteResults,
+    "canary": CanaryResults,
     "monitor": MonitorResults,
     "trigger": TriggerResults,
 }
