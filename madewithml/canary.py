@@ -75,6 +75,7 @@ def read_counts(
 
 # %% ../nbs/43_canary.ipynb #43a00031
 METRICS = ("failures", "abstentions", "latency", "disagreement", "errors")
+_COMPARED = ("abstentions", "latency", "errors")  # with the champion's rate; the others to a limit
 _Block = tuple[int, int, int, int]  # events and observations of the canary, then of the champion
 
 class CanaryEvidence(StrictModel):
@@ -124,6 +125,9 @@ def update_evidence(
     blocks["errors"] = tuple(np.subtract(labeled, evidence.labeled).tolist())
     if min(blocks["errors"]) < 0:  # the log has lost its oldest rows
         blocks["errors"] = (0, 0, 0, 0)
+    for metric in _COMPARED:  # with callers of the same time, of whom there are none at 100 %
+        if not (blocks[metric][1] and blocks[metric][3]):
+            blocks[metric] = (0, 0, 0, 0)
     events = {metric: tuple(np.add(evidence.events.get(metric, (0, 0, 0, 0)), block).tolist())
               for metric, block in blocks.items()}
     log_ratios = dict(evidence.log_ratios)
@@ -150,7 +154,7 @@ def _check(metric: str, evidence: CanaryEvidence, policy: CanaryPolicy) -> Canar
     if metric == "disagreement":
         log_ratios = compare_with_limit(events, total, limit)
     low = 0.0  # of the champion's rate
-    if metric in ("abstentions", "latency", "errors"):
+    if metric in _COMPARED:
         low = bound_rate(other_events, other_total, level)[0]
     is_good = bound_rate(events, total, level)[1] - low <= limit
     log_e = float(log_e_value(log_ratios))
@@ -299,14 +303,15 @@ def next_decision(
     "What to do, and why the canary is taken back."
     policy = state.policy
     if harm := find_harm(checks, counts, policy): return "taken back", harm
-    is_last = state.step == len(policy.steps) - 1
     answered = counts.events.get("canary requests", 0) - state.step_requests
+    is_good = all(check.is_good for check in checks)
+    rest = policy.steps[state.step + 1:]
     if state.step < 0:
         is_settled = state.loaded > 0 and time.time() - state.loaded_at >= _SETTLE_S
         if is_settled: return "next step", ""
     elif answered >= policy.min_step_requests:
-        if not is_last: return "next step", ""
-        if all(check.is_good for check in checks): return "promoted", ""
+        if rest and (rest[0] < 1 or is_good): return "next step", ""
+        if is_good: return "promoted", ""
     if hours < policy.max_hours: return "wait", ""
     open_checks = ", ".join(check.name for check in checks if not check.is_good) or "its steps"
     return "taken back", f"undecided after {policy.max_hours:g} hours: {open_checks}"

@@ -574,6 +574,8 @@ class CanaryPolicy(Options):
     def _ascending(cls, steps: tuple[float, ...]) -> tuple[float, ...]:
         if list(steps) != sorted(set(steps)):
             raise ValueError("the steps must ascend")
+        if steps[0] == 1:
+            raise ValueError("the first step must leave callers to the champion")
         return steps
 
 # %% ../nbs/00_config.ipynb #5cc34d5f
