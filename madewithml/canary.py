@@ -386,7 +386,7 @@ def _finish(state: CanaryState) -> None:
         if results.decision == "promoted" and aliases.get("challenger") == version:
             client.delete_registered_model_alias(name, "challenger")
         shown = results.model_dump_json(include={"timestamp", "decision", "reason", "canary_id"})
-        client.set_model_version_tag(name, str(version), _TAG, shown)
+        client.set_model_version_tag(name, str(version), f"{_TAG}_decision", shown)
         client.delete_registered_model_alias(name, "canary")
 
 # %% ../nbs/43_canary.ipynb #43a00065

@@ -243,7 +243,7 @@ def plot_canary(
     _mark_steps(axis, looks)
     axis.set(xscale="log", xlabel="requests of the canary", ylabel="e-value (power of 10)",
              title=f"version {results.version}: {results.decision}")
-    axis.set_ylim(max(axis.get_ylim()[0], -4), None)
+    axis.set_ylim(max(axis.get_ylim()[0], -4), max(axis.get_ylim()[1], 1.25 * limit))
     axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
