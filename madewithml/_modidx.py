@@ -1147,6 +1147,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'madewithml.retrain': { 'madewithml.retrain.RetrainOutcome': ('retrain.html#retrainoutcome', 'madewithml/retrain.py'),
                                     'madewithml.retrain.TriggerTables': ('retrain.html#triggertables', 'madewithml/retrain.py'),
                                     'madewithml.retrain._champion_run_id': ('retrain.html#_champion_run_id', 'madewithml/retrain.py'),
+                                    'madewithml.retrain._end_canary': ('retrain.html#_end_canary', 'madewithml/retrain.py'),
                                     'madewithml.retrain._has_failed_checks': ('retrain.html#_has_failed_checks', 'madewithml/retrain.py'),
                                     'madewithml.retrain._notify': ('retrain.html#_notify', 'madewithml/retrain.py'),
                                     'madewithml.retrain._open_tables': ('retrain.html#_open_tables', 'madewithml/retrain.py'),

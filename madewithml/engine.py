@@ -11,7 +11,7 @@ import copy, os, shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -229,13 +229,16 @@ class TokenClassifier:
         return ThreadPoolExecutor(self.runtime.num_streams, thread_name_prefix="engine")
 
     def warm_up(self) -> None:
-        "Computes each width up to 256 tokens once per stream, which prepares its own code."
+        """Computes each width up to 256 tokens once per stream, which prepares its own code.
+
+        Of the fp32 pass, which is rare, only the shortest: another width is ready in 10 ms."""
         widths = range(_WIDTH_STEP, min(self.facts.max_length, 256) + 1, _WIDTH_STEP)
-        repeats = {self.runtime.fp32_forward: 1, self.runtime.forward: self.runtime.num_streams}
-        for forward, count in repeats.items():
-            texts = [[[self.facts.unknown_id] * width] for width in widths for _ in range(count)]
-            infer = partial(infer_by_length, forward, facts=self.facts)
-            list(self._pool.map(infer, texts))
+        passes = [(self.runtime.fp32_forward, _WIDTH_STEP)]
+        passes += [(self.runtime.forward, width) for width in widths
+                   for _ in range(self.runtime.num_streams)]
+        infer = lambda forward, width: infer_by_length(
+            forward, [[self.facts.unknown_id] * width], self.facts)
+        list(self._pool.map(infer, *zip(*passes, strict=True)))
 
     def infer(self,
         ids:list[list[int]], # token ids of each text

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .canary import follow_canary
 from .config import (CheckFailed, RunOptions, TrainOptions, TriggerOptions,
                                TriggerPolicy, UserError, bundled_dir, get_settings)
 from .data import read_labeled_table
@@ -254,6 +255,14 @@ def _open_tables(ledger: list[TriggerResults], state_dir: Path) -> list[IngestRe
             if result.status == "accepted"
             or (_has_failed_checks(result) and result.digest not in reported)]
 
+# %% ../nbs/73_retrain.ipynb #73a00041
+def _end_canary(model_name: str|None) -> None:
+    "Follows a canary that is under way. Raises: UserError if another command does."
+    if "canary" not in get_aliases(model_name): return
+    print("A canary is under way.", flush=True)
+    canary = follow_canary(model_name)
+    print(f"Version {canary.version}: {canary.decision}. {canary.reason}".rstrip(), flush=True)
+
 # %% ../nbs/73_retrain.ipynb #e9534d72
 def run_once(
     policy:TriggerPolicy, # when to act
@@ -266,6 +275,8 @@ def run_once(
         return decide_action(windows, _open_tables(ledger, state_dir), ledger, datetime.now(UTC),
                              policy, in_progress, tuple(scanned.problems), run_id)
 
+    if not options.dry_run:
+        _end_canary(options.model_name)
     with _temporary_state_dir() if options.dry_run else synced_state_dir() as state_dir:
         tables = resolve_tables(state_dir, options.dataset_loc, options.holdout_loc,
                                 options.model_name)
