@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Side', 'METRICS', 'CountErrors', 'assign_side', 'latency_class', 'CanaryCounts', 'write_counts', 'read_counts',
-           'CanaryEvidence', 'update_evidence', 'check_canary', 'Canary', 'find_canary', 'CanaryState', 'load_state',
-           'begin_canary', 'find_harm', 'next_decision', 'follow_canary', 'stop_canary']
+           'CanaryEvidence', 'update_evidence', 'check_canary', 'Canary', 'find_canary', 'require_canary',
+           'CanaryState', 'load_state', 'begin_canary', 'find_harm', 'next_decision', 'follow_canary', 'stop_canary']
 
 # %% ../nbs/43_canary.ipynb #43a00004
 import hashlib, json, math, time, uuid
@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from .config import CanaryPolicy, UserError, get_settings
-from .registry import alias_lock, get_aliases
+from .registry import alias_lock, get_aliases, promote_version
 from .schemas import CanaryCheck, CanaryLook, CanaryResults, StrictModel
 from .sequential_test import (
     ODDS_RATIOS, bound_rate, compare_rates, compare_with_limit, log_e_value)
@@ -75,7 +75,7 @@ def read_counts(
 
 # %% ../nbs/43_canary.ipynb #43a00031
 METRICS = ("failures", "abstentions", "latency", "disagreement", "errors")
-_COMPARED = ("abstentions", "latency", "errors")  # with the champion's rate; the others to a limit
+_COMPARED = ("abstentions", "latency", "errors")  # whose limit is an increase
 _Block = tuple[int, int, int, int]  # events and observations of the canary, then of the champion
 
 class CanaryEvidence(StrictModel):
@@ -198,6 +198,15 @@ def find_canary(
     tag = json.loads(version.tags[_TAG])
     return Canary(aliases["canary"], version.run_id or "", **tag)
 
+def require_canary(
+    name:str, # registered model
+) -> Canary:
+    "The canary that is under way. Raises: UserError if there is none."
+    canary = find_canary(name, get_aliases(name))
+    if canary is None:
+        raise UserError(f"{name!r} has no canary.", "`madewithml canary start` begins one.")
+    return canary
+
 # %% ../nbs/43_canary.ipynb #43a00042
 class CanaryState(StrictModel):
     "What a killed command needs to go on."
@@ -209,6 +218,7 @@ class CanaryState(StrictModel):
     step_requests: int = 0  # that the canary had answered when the step began
     loaded: int = 0         # replicas that have loaded it
     loaded_at: float = 0    # when the last of them did, s since the epoch
+    labeled_at: float = 0   # when the labels were read last, s since the epoch
     evidence: CanaryEvidence = CanaryEvidence()
 
     @property
@@ -330,6 +340,16 @@ def _remember(state: CanaryState, counts: CanaryCounts, seconds: float) -> None:
     results.looks.append(CanaryLook(seconds=round(seconds, 1), share=state.share,
                                     requests=requests, log_e_values=values))
 
+_LABELS_INTERVAL_S = 30.0  # a service writes its log once a minute
+
+def _count_labeled(state: CanaryState, count_errors: CountErrors|None) -> _Block:
+    "Wrong and labeled answers; log and labels are read only now and then."
+    if count_errors is None or time.time() - state.labeled_at < _LABELS_INTERVAL_S:
+        return state.evidence.labeled
+    state.labeled_at = time.time()
+    results = state.results
+    return count_errors((results.version, results.champion_version), state.began)
+
 def _look(state: CanaryState, count_errors: CountErrors|None) -> None:
     "Adds what happened since the last look to the evidence, and decides."
     results = state.results
@@ -337,10 +357,7 @@ def _look(state: CanaryState, count_errors: CountErrors|None) -> None:
     loaded = counts.events.get("loaded", 0)
     if loaded != state.loaded:
         state.loaded, state.loaded_at = loaded, time.time()
-    labeled = state.evidence.labeled
-    if count_errors:
-        versions = results.version, results.champion_version
-        labeled = count_errors(versions, state.began)
+    labeled = _count_labeled(state, count_errors)
     state.evidence = update_evidence(state.evidence, counts, labeled)
     results.checks = check_canary(state.evidence, state.policy)
     seconds = time.time() - state.began
@@ -380,11 +397,8 @@ def _finish(state: CanaryState) -> None:
     aliases = get_aliases(name)
     _log_record(state)
     with alias_lock(name, aliases):
-        if results.decision == "promoted" and aliases["champion"] != version:
-            client.set_registered_model_alias(name, "previous", str(aliases["champion"]))
-            client.set_registered_model_alias(name, "champion", str(version))
-        if results.decision == "promoted" and aliases.get("challenger") == version:
-            client.delete_registered_model_alias(name, "challenger")
+        if results.decision == "promoted":
+            promote_version(name, aliases, version)
         shown = results.model_dump_json(include={"timestamp", "decision", "reason", "canary_id"})
         client.set_model_version_tag(name, str(version), f"{_TAG}_decision", shown)
         client.delete_registered_model_alias(name, "canary")
@@ -398,9 +412,7 @@ def follow_canary(
 ) -> CanaryResults:
     "Looks at the canary until it is promoted or taken back. Raises: UserError, CheckFailed."
     name = name or get_settings().registry_name
-    canary = find_canary(name, get_aliases(name))
-    if canary is None:
-        raise UserError(f"{name!r} has no canary.", "`madewithml canary start` begins one.")
+    canary = require_canary(name)
     try:
         with FileLock(Path(canary.folder) / "follow.lock", timeout=0):
             return _follow(load_state(canary), count_errors, interval_s, on_look)
@@ -437,8 +449,7 @@ def stop_canary(
     if not reason.strip():
         raise UserError("--reason is required: it is stored with the version.")
     name = name or get_settings().registry_name
-    canary = find_canary(name, get_aliases(name))
-    if canary is None: raise UserError(f"{name!r} has no canary.")
+    canary = require_canary(name)
     _stop_path(load_state(canary).folder).write_text(reason, encoding="utf-8")
     deadline = time.monotonic() + timeout
     while find_canary(name, get_aliases(name)):

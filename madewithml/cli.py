@@ -560,11 +560,8 @@ def canary_status(
     model_name: _ModelName = None,
 ) -> None:
     "Show the canary that is under way."
-    from madewithml.canary import find_canary, load_state, read_counts
-    from madewithml.registry import get_aliases
-    name = model_name or get_settings().registry_name
-    found = find_canary(name, get_aliases(name))
-    if found is None: raise UserError(f"{name!r} has no canary.")
+    from madewithml.canary import load_state, read_counts, require_canary
+    found = require_canary(model_name or get_settings().registry_name)
     state = load_state(found)
     requests = read_counts(found.folder).events.get("canary requests", 0)
     typer.echo(f"Version {found.version}, loaded by {state.loaded} replica(s): "

@@ -6,19 +6,17 @@
 __all__ = ['ModelWatcher', 'ShadowChallenger']
 
 # %% ../nbs/54_model_watcher.ipynb #3d9835d3
-import threading
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mlflow.exceptions import MlflowException
 
+from .canary_router import load_engine
 from .config import ServeConfig, UserError
 from .engine import Engine
 from .middleware import ServiceMetrics
-from .registry import get_aliases, resolve_alias
-from .tracking import fetch_checkpoint
-from .utils import content_hash, get_logger, lower_thread_priority
+from .registry import get_aliases, log_failures, resolve_alias
+from .utils import BackgroundQueue, content_hash, get_logger, lower_thread_priority
 
 # %% ../nbs/54_model_watcher.ipynb #940439b3
 class ModelWatcher:
@@ -44,11 +42,8 @@ class ModelWatcher:
         "A warm engine, loaded in a low-priority thread."
         with ThreadPoolExecutor(1, initializer=lower_thread_priority,
                                 initargs=(self.niceness,)) as low_priority_pool:
-            future = low_priority_pool.submit(
-                Engine, fetch_checkpoint(run_id), self.config.precision, self.config.runtime,
-                version, run_id, self.config.threads, sealed=True,
-                threshold=self.config.threshold)
-            engine = future.result()
+            engine = low_priority_pool.submit(
+                load_engine, Engine, self.config, version, run_id).result()
             low_priority_pool.submit(engine.warm_up).result()
             return engine
 
@@ -69,10 +64,8 @@ class ModelWatcher:
 
     def try_refresh(self) -> None:
         "Refreshes; a failure is logged and the present engine keeps answering."
-        try:
+        with log_failures(self.alias):
             self.refresh()
-        except (UserError, RuntimeError, MlflowException, OSError) as error:
-            get_logger().warning(f"{self.alias}: {error}")
 
 # %% ../nbs/54_model_watcher.ipynb #d5857f81
 def _loggable(text: str, config: ServeConfig) -> str:
@@ -98,14 +91,12 @@ class ShadowChallenger:
     ):
         self.config = config
         self.metrics = metrics
-        self.queue = deque(maxlen=256)
-        self._has_work = threading.Event()
         one_thread = config.model_copy(update={"run_id": "", "threads": 1})
         self.versions = ModelWatcher(one_thread, "challenger", 19)
         self.refresh()
         if not self.versions.engine:
             get_logger().info("The shadow waits for a challenger.")
-        threading.Thread(target=self._run, name="shadow", daemon=True).start()
+        self._copies = BackgroundQueue(self._compare, "shadow", batch_size=8)
 
     def refresh(self) -> None:
         "Follows the challenger; without one, nothing is computed."
@@ -122,17 +113,7 @@ class ShadowChallenger:
     ) -> None:
         "Queues a copy; returns at once."
         if self.versions.engine:
-            self.queue.append((text, prediction, version))
-            self._has_work.set()
-
-    def _run(self) -> None:
-        "Answers the queue, up to eight texts at a time."
-        lower_thread_priority()
-        while self._has_work.wait():
-            self._has_work.clear()
-            while self.queue:
-                size = min(8, len(self.queue))
-                self._compare([self.queue.popleft() for _ in range(size)])
+            self._copies.add((text, prediction, version))
 
     def _compare(self, requests: list[tuple[str, str, int|None]]) -> None:
         "Predicts the texts, and counts and logs differences to the champion."

@@ -21,7 +21,7 @@ from .engine import Engine
 from .evaluate import (evaluate_predictions, general_slices, load_behavioral_tests,
     load_slices, run_behavioral_tests, weighted_f1)
 from .gate import evaluate_gate
-from .registry import alias_lock, get_aliases, promote_challenger, resolve_alias
+from .registry import alias_lock, get_aliases, promote_version, resolve_alias
 from .schemas import CandidateMetrics, PolicyCheck, PromoteResults
 from .tables import open_table, table_hash
 from .tracking import current_user, fetch_checkpoint, mlflow_client
@@ -164,7 +164,7 @@ def _apply_decision(results: PromoteResults, aliases: dict[str, int],
         if results.decision == "canary" and steps:
             begin_canary(name, aliases, challenger.run_id, steps)
         elif results.decision != "rejected":
-            promote_challenger(name, aliases)
+            promote_version(name, aliases, aliases["challenger"])
     path = f"promotions/{results.timestamp.replace(':', '')}.json"
     client.log_text(challenger.run_id, results.model_dump_json(indent=2), path)
 

@@ -177,10 +177,6 @@ class CanarySides:
         while not self._stop.wait(interval_s):
             self.router.try_refresh()
 
-    def assign(self, texts: list[str]) -> Side|None:
-        "The side of the caller; None: only the champion answers."
-        return self.router.assign(texts) if self.router.canary else None
-
     async def predict(self, side: Side, texts: list[str], threshold: float|None,
                       predict: Callable[..., Awaitable[_Answered]]) -> _Answered|None:
         "The answer of this side; None if it failed."
@@ -260,7 +256,7 @@ class PredictionService:
     ) -> tuple[Engine, list[dict[str, Any]]]:
         """The engine, and prediction and probabilities of each text. Raises: RequestRejected,
         UserError."""
-        if self.canary and (side := self.canary.assign(texts)):
+        if self.canary and (side := self.canary.router.assign(texts)):
             answered = await self.canary.predict(side, texts, threshold, self._predict)
             if answered: return answered
         return await self._predict(self.engine, self.batcher, texts, threshold)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PRIVATE_CLUSTER', 'atomic_path', 'write_json', 'content_hash', 'shorten', 'get_logger', 'temporary_env',
-           'temporary_storage', 'is_process_alive', 'lower_thread_priority', 'run_command']
+           'temporary_storage', 'is_process_alive', 'lower_thread_priority', 'BackgroundQueue', 'run_command']
 
 # %% ../nbs/01_utils.ipynb #a1054a2f
 import hashlib, importlib, json, logging, os, shutil, sys, tempfile, threading, uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from logging.handlers import RotatingFileHandler
@@ -165,6 +166,36 @@ def lower_thread_priority(
     # Ray's workers may run with a raised niceness already.
     current = os.getpriority(os.PRIO_PROCESS, thread)
     os.setpriority(os.PRIO_PROCESS, thread, max(niceness, current))
+
+# %% ../nbs/01_utils.ipynb #01a00010
+class BackgroundQueue:
+    "Items for a thread of the lowest priority; when it falls behind, the oldest are dropped."
+
+    def __init__(self,
+        work:Callable[[list[Any]], Any], # called with the next items
+        name:str, # of the thread
+        batch_size:int=1, # maximum number of items at a time
+    ):
+        self._work = work
+        self._batch_size = batch_size
+        self._items: deque[Any] = deque(maxlen=256)
+        self._has_items = threading.Event()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def add(self,
+        item:Any, # to work on
+    ) -> None:
+        "Queues the item; returns at once."
+        self._items.append(item)
+        self._has_items.set()
+
+    def _run(self) -> None:
+        lower_thread_priority()
+        while self._has_items.wait():
+            self._has_items.clear()
+            while self._items:
+                size = min(self._batch_size, len(self._items))
+                self._work([self._items.popleft() for _ in range(size)])
 
 # %% ../nbs/01_utils.ipynb #01a00002
 def run_command(

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,8 @@ def count_switches(outcomes: list[Outcome], version: int) -> dict[str, int]:
         by_caller[i % len(ITEMS)].append(json.loads(outcome.body)["version"] == version)
     switches = {"to": 0, "from": 0}
     for sides in by_caller.values():
-        switches["to"] += sum(not a and b for a, b in zip(sides, sides[1:], strict=False))
-        switches["from"] += sum(a and not b for a, b in zip(sides, sides[1:], strict=False))
+        switches["to"] += sum(not before and after for before, after in pairwise(sides))
+        switches["from"] += sum(before and not after for before, after in pairwise(sides))
     return switches
 
 

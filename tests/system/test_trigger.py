@@ -96,9 +96,10 @@ def served(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The trained run, its version promoted to champion."""
     folder = tmp_path_factory.mktemp("served")
     shutil.copytree(trained.folder / "storage", folder / "storage")
-    run_python("from madewithml.registry import get_aliases, promote_challenger, register_model\n"
+    run_python("from madewithml.registry import get_aliases, promote_version, register_model\n"
                f"name = register_model({trained.run_id!r}).model_name\n"
-               "promote_challenger(name, get_aliases(name))", folder)
+               "aliases = get_aliases(name)\n"
+               "promote_version(name, aliases, aliases['challenger'])", folder)
     return Run(folder)
 
 
