@@ -6,8 +6,8 @@
 __all__ = ['Precision', 'UserError', 'CheckFailed', 'package_dir', 'repo_root', 'working_dir', 'check_precision', 'split_names',
            'check_model_name', 'Settings', 'format_validation_error', 'get_settings', 'Options', 'read_yaml',
            'TrainConfig', 'parse_train_config', 'TrainOptions', 'parse_train_options', 'TuneOptions',
-           'parse_tune_options', 'RunOptions', 'TriggerOptions', 'ServedModel', 'ServiceLimits', 'PredictionLogOptions',
-           'ServeConfig', 'parse_serve_config', 'load_token', 'CanaryPolicy', 'PromotionPolicy',
+           'parse_tune_options', 'RunOptions', 'TriggerOptions', 'ModelSource', 'ServedModel', 'ServiceLimits',
+           'PredictionLogOptions', 'ServeConfig', 'parse_serve_config', 'load_token', 'CanaryPolicy', 'PromotionPolicy',
            'load_promotion_policy', 'TriggerPolicy', 'load_trigger_policy', 'TableSettings', 'load_table_settings',
            'bundled_dir', 'workload_path', 'run_folder']
 
@@ -21,7 +21,8 @@ from urllib.parse import quote
 
 import yaml
 from pydantic import (
-    AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator)
+    AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo,
+    field_validator)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # %% ../nbs/00_config.ipynb #2d269186
@@ -156,6 +157,9 @@ class Settings(BaseSettings):
     fallback_label: str = Field("",
         description="label of predictions with low confidence; empty: that of the model, if it "
                     "has one")
+    max_graphs: int = Field(32, ge=1,
+        description="OpenVINO graphs kept in `storage_dir`, those used last; each is as large as "
+                    "its checkpoint")
     seed: _Seed = Field(42, description="seed of every random choice")
     node_wait_timeout_s: float = Field(0.0, ge=0, le=86400,
         description="seconds to wait for nodes that an autoscaling cluster starts on demand; "
@@ -434,16 +438,25 @@ class TriggerOptions(Options):
     dry_run: bool = Field(False, description="decide only, and change nothing")
 
 # %% ../nbs/00_config.ipynb #1a0bb0c8
-class ServedModel(Options):
-    "Which model a service serves, and how it computes."
+class ModelSource(Options):
+    "Which version of a registered model is served."
     model_name: _ModelName = Field("",
         description="registered model; empty: the setting `registry_name`")
     alias: str = Field("champion",
         description="alias whose version is served, and followed when it moves")
+    version: int = Field(0, ge=0, description="version to serve instead of an alias; 0: none")
     run_id: str = Field("", description="MLflow run to serve instead of an alias")
     threshold: Annotated[float, Field(ge=0, le=1)] | None = Field(None,
         description="minimum probability of a label, else the fallback label (default: the "
                     "setting `min_confidence`)")
+
+    @property
+    def follows_alias(self) -> bool:
+        "Whether the version changes when the alias moves."
+        return not self.run_id and not self.version
+
+class ServedModel(ModelSource):
+    "Which model a service serves, and how it computes."
     poll_interval_s: float = Field(2.0, ge=0, le=3600,
         description="seconds between checks of the alias; 0: check once")
     caller_header: str = Field("x-user-id", min_length=1,
@@ -505,9 +518,59 @@ class PredictionLogOptions(Options):
     log_max_files: int = Field(200, ge=1,
         description="maximum number of log files; the oldest are deleted")
 
+# %% ../nbs/00_config.ipynb #779cf2ec
+_SOURCES = {"alias": "alias", "version": "version", "run": "run_id"}
+
+def _parse_models(value: Any) -> Any:
+    "Fields by name, from 'NAME=alias ALIAS,NAME=version 3,NAME=run ID' or '@FILE' in YAML."
+    if not isinstance(value, str): return value
+    if value.startswith("@"):
+        models = read_yaml(value[1:], "--models")
+        if not isinstance(models, dict):
+            raise ValueError(f"{value[1:]} must map names to fields")
+        return {str(name): fields or {} for name, fields in models.items()}
+    models = {}
+    for part in value.split(","):
+        name, _, source = part.strip().partition("=")
+        kind, _, chosen = source.strip().partition(" ")
+        if name in models: raise ValueError(f"{name!r} is named twice")
+        if source and (kind not in _SOURCES or not chosen):
+            raise ValueError(f"{part.strip()!r} needs 'alias ALIAS', 'version NUMBER' or 'run ID'")
+        models[name] = {_SOURCES[kind]: chosen.strip()} if source else {}
+    return models
+
 # %% ../nbs/00_config.ipynb #8d265e34
+_ServedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+_Models = Annotated[dict[_ServedName, ModelSource], BeforeValidator(_parse_models)]
+
 class ServeConfig(PredictionLogOptions, ServiceLimits, ServedModel):
     "Options of the online service."
+    models: _Models = Field({},
+        description="several models behind one service, such as 'support=alias champion,"
+                    "tags=version 3', or @FILE, a YAML file of names and fields of ModelSource; "
+                    "each answers under /models/NAME/")
+    model_memory_mb: int = Field(0, ge=0,
+        description="memory that the loaded ones of several models may take, in MB; beyond it "
+                    "the least recently used one is dropped; 0: no limit")
+
+    @field_validator("models")
+    @classmethod
+    def _one_choice(cls, models: dict[str, ModelSource], info: ValidationInfo,
+                    ) -> dict[str, ModelSource]:
+        one = [name for name in ("model_name", "run_id", "version", "shadow_challenger")
+               if info.data.get(name)]
+        if models and one:
+            raise ValueError(f"{one[0]} is an option of a service with one model")
+        return models
+
+    def for_model(self,
+        name:str, # one of `models`
+    ) -> "ServeConfig":
+        "The options for one of the models, with a prediction log of its own."
+        source = self.models[name].model_dump(exclude_none=True)
+        source["model_name"] = source["model_name"] or name
+        log_dir = str(Path(self.log_dir) / name) if self.log_dir else ""
+        return self.model_copy(update=source | {"models": {}, "log_dir": log_dir})
 
     def with_absolute_paths(self) -> "ServeConfig":
         "The options with paths made absolute: a replica has another working directory."

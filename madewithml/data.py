@@ -204,10 +204,11 @@ def table_texts(
 # %% ../nbs/10_data.ipynb #10a00030
 def item_texts(
     items:Sequence[Mapping[str, str|None]], # text columns by name; missing ones and None are empty
+    columns:Sequence[str]|None=None, # text columns; None: those of the settings
 ) -> list[str]:
     "The text of each item."
-    columns = get_settings().text_columns
-    return [join_text(*(item.get(name) or "" for name in columns)) for item in items]
+    names = columns or get_settings().text_columns
+    return [join_text(*(item.get(name) or "" for name in names)) for item in items]
 
 # %% ../nbs/10_data.ipynb #0de17a91
 _NUM_EXAMPLES = 5  # that a repair lists

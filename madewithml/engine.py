@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['partition_by_length', 'infer_by_length', 'Runtime', 'torch_runtime', 'openvino_runtime', 'load_runtime',
-           'TokenClassifier', 'Engine']
+           'prepare_graphs', 'estimate_memory', 'TokenClassifier', 'Engine']
 
 # %% ../nbs/29_engine.ipynb #778c1d63
-import copy, os, shutil
+import copy, os, shutil, subprocess, sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -145,16 +145,18 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 # %% ../nbs/29_engine.ipynb #29a00004
+def _kept_graph(folder: Path) -> tuple["openvino.Model", ClassifierFacts]:
+    "The kept graph and facts, which are made if there are none."
+    if kept := load_graph(folder): return kept
+    from madewithml.models import load_classifier
+    import torch
+    model, tokenizer = load_classifier(folder, torch.device("cpu"))
+    facts = classifier_facts(model, tokenizer)
+    return keep_graph(folder, model.requires_grad_(False), facts), facts
+
 def _load_openvino(folder: Path, precision: str, threads: int) -> tuple[Runtime, ClassifierFacts]:
-    "Runtime and facts from the kept graph, which is made if there is none."
-    kept = load_graph(folder)
-    if kept is None:
-        from madewithml.models import load_classifier
-        import torch
-        model, tokenizer = load_classifier(folder, torch.device("cpu"))
-        facts = classifier_facts(model, tokenizer)
-        kept = keep_graph(folder, model.requires_grad_(False), facts), facts
-    graph, facts = kept
+    "Runtime and facts from the kept graph."
+    graph, facts = _kept_graph(folder)
     return openvino_runtime(graph, precision, threads), facts
 
 # %% ../nbs/29_engine.ipynb #29532c8b
@@ -186,6 +188,42 @@ def load_runtime(
         if runtime == "openvino": raise UserError(message, "Use --runtime torch.") from error
         get_logger().info(f"{message}. Using PyTorch.")
         return _load_torch(folder, precision, threads)
+
+# %% ../nbs/29_engine.ipynb #3124fd6e
+_EXPORT = """
+import sys
+from pathlib import Path
+from madewithml.config import UserError
+from madewithml.engine import load_runtime
+for folder in sys.argv[1:]:
+    try:
+        load_runtime(Path(folder), "openvino", "fp32", 1)
+    except (UserError, OSError) as error:
+        print(f"{folder}: {error}", file=sys.stderr)
+"""
+
+def prepare_graphs(
+    folders:list[Path], # checkpoints
+    runtime:str="auto", # with which they will be loaded
+) -> None:
+    "Keeps the graphs of the classifiers that a CPU will compute, in a process of its own."
+    if runtime == "torch" or _has_gpu(): return
+    missing = [str(folder) for folder in folders if load_graph(folder) is None]
+    if not missing: return
+    get_logger().info(f"Exporting the graphs of {len(missing)} models, some seconds each.")
+    command = [sys.executable, "-c", _EXPORT, *missing]
+    subprocess.run(command, check=False)  # a failure is told when the model is loaded
+
+# %% ../nbs/29_engine.ipynb #d988bf10
+_MEMORY_PER_WEIGHT = {"bf16": 2.0, "fp32": 2.0}  # bytes that an engine takes, per byte of its file
+
+def estimate_memory(
+    folder:Path, # checkpoint
+    precision:str, # 'auto', 'bf16' or 'fp32'
+) -> int:
+    "Bytes of memory that an engine will take, by the size of the weights."
+    num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return int(num_bytes * _MEMORY_PER_WEIGHT[resolve_cpu_precision(precision)])
 
 # %% ../nbs/29_engine.ipynb #d0a53e14
 def _check_finite(probabilities: np.ndarray) -> None:

@@ -123,7 +123,6 @@ def classifier_facts(
 
 # %% ../nbs/28_graph.ipynb #28a00013
 _FORMAT = 1  # raised when what is kept changes
-_NUM_KEPT = 8  # graphs; each is as large as its checkpoint
 
 def _graph_dir(folder: str|Path) -> Path:
     "Where the graph of a checkpoint is kept."
@@ -133,7 +132,7 @@ def _graph_dir(folder: str|Path) -> Path:
 def _remove_old_graphs(graphs_dir: Path) -> None:
     "Deletes all but the graphs used last. A process that computes by one keeps its files open."
     folders = sorted(graphs_dir.glob("[!.]*"), key=lambda path: -path.stat().st_mtime)
-    for folder in folders[_NUM_KEPT:]:
+    for folder in folders[get_settings().max_graphs:]:
         shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../nbs/28_graph.ipynb #28a00014

@@ -10,7 +10,7 @@ import json, os, re, selectors, shlex, socket, subprocess, sys, tempfile, thread
 from pathlib import Path
 
 from .config import ServeConfig, UserError, package_dir
-from .middleware import NEVER_OVERLOADED
+from .middleware import MODELS_PATH, NEVER_OVERLOADED
 from .protocols import OVERLOADED, SCORING_PATH, V2_PREFIX, error_body
 from .utils import get_logger
 
@@ -23,16 +23,30 @@ def _bind_line(section: str, number: int, folder: Path, has_port: bool) -> str:
     return f"    bind unix@{folder}/unused-{number}.sock"
 
 # %% ../nbs/53_haproxy.ipynb #3c9c8854
-def _overload_lines(backend: str, max_queued: int) -> list[str]:
-    "Rules that answer 503 while each replica of the backend has `max_queued` requests."
-    is_overloaded = f"{{ be_conn({backend}),div(txn.servers) gt {max_queued} }}"
+_COUNT_BY_MODEL = [  # requests in flight, in a table that is a section of its own
+    f"    http-request set-var(txn.model) path,field(3,/) if {{ path_beg {MODELS_PATH} }}",
+    f"    http-request set-var(txn.model) path,field(4,/) if {{ path_beg {V2_PREFIX}models/ }}",
+    "    http-request track-sc0 var(txn.model) table models if { var(txn.model) -m found }"]
+# Requests for a model go to the same replica while it has at most half as many more than the mean.
+_BALANCE_BY_MODEL = ["    balance hash var(txn.model)", "    hash-type consistent",
+                     "    hash-balance-factor 150"]
+_MODEL_TABLE = ["backend models", "    stick-table type string len 100 size 10k store conn_cur"]
+
+def _overload_lines(backend: str, config: ServeConfig) -> list[str]:
+    "Rules that answer 503 while each replica of the backend has `max_queued` requests (a model)."
+    in_flight = "sc_conn_cur(0,models)" if config.models else f"be_conn({backend})"
+    is_overloaded = f"{{ {in_flight},div(txn.servers) gt {config.max_queued} }}"
     is_admitted = f"{{ path {' '.join(NEVER_OVERLOADED)} }}"
     lines = [f"    http-request set-var(txn.servers) nbsrv({backend})"]
-    for path in (SCORING_PATH, V2_PREFIX, "/"):  # the first that matches answers
+    lines += _COUNT_BY_MODEL if config.models else []
+    # The first path that matches answers.
+    paths = {SCORING_PATH: f"path_end {SCORING_PATH} {SCORING_PATH}/",
+             V2_PREFIX: f"path_beg {V2_PREFIX}", "/": "path_beg /"}
+    for path, condition in paths.items():
         body = json.dumps(json.dumps(error_body(path, 503, OVERLOADED)))
         lines.append(
             "    http-request return status 503 content-type application/json hdr Retry-After 1 "
-            f"string {body} if {{ path_beg {path} }} {{ nbsrv({backend}) gt 0 }} "
+            f"string {body} if {{ {condition} }} {{ nbsrv({backend}) gt 0 }} "
             f"{is_overloaded} !{is_admitted}")
     return lines
 
@@ -54,10 +68,14 @@ def patch_haproxy_config(
         if line.strip().startswith("bind "):
             line = _bind_line(section, len(lines), folder, has_port)
         if match := re.match(r" *use_backend (\S+) if is_", line):
-            lines += _overload_lines(match[1], config.max_queued)
-        lines.append(line)
+            lines += _overload_lines(match[1], config)
+        if config.models and line.strip().startswith("balance "):
+            lines += _BALANCE_BY_MODEL
+        else:
+            lines.append(line)
         if line.strip() == "defaults":
             lines += timeouts
+    lines += _MODEL_TABLE if config.models else []
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/53_haproxy.ipynb #8a46b253

@@ -12,10 +12,12 @@ from typing import Any
 from mlflow.exceptions import MlflowException
 
 from .canary_router import load_engine
+from .columns import logged_columns
 from .config import ServeConfig, UserError
 from .engine import Engine
 from .middleware import ServiceMetrics
-from .registry import get_aliases, log_failures, resolve_alias
+from .registry import get_aliases, get_version_run, log_failures, resolve_alias
+from .tracking import get_run
 from .utils import BackgroundQueue, content_hash, get_logger, lower_thread_priority
 
 # %% ../nbs/54_model_watcher.ipynb #940439b3
@@ -26,17 +28,33 @@ class ModelWatcher:
         config:ServeConfig, # what to serve; with a `run_id` the alias is ignored
         alias:str, # alias to follow
         niceness:int=10, # of the threads that load and compute, 0 to 19
+        text_columns:tuple[str, ...]=(), # that each version must have been trained on; none: any
+        warm_first:bool=True, # whether also the first version is warmed up before it answers
     ):
         self.config = config
         self.alias = alias
         self.niceness = niceness
+        self.text_columns = text_columns
+        self.warm_first = warm_first
+        self.follower = f"{config.model_name}@{alias}" if config.model_name else alias
+        self._closed = False
         self.engine: Engine|None = None
         self.rejected: dict[str, Any]|None = None
 
-    def _current_version(self) -> tuple[int|None, str]:
-        "Version and MLflow run to serve."
+    def current_version(self) -> tuple[int|None, str]:
+        "Version and MLflow run to serve. Raises: UserError if there is none."
         if self.config.run_id: return None, self.config.run_id
-        return resolve_alias(self.alias, self.config.model_name or None)
+        name, version = self.config.model_name or None, self.config.version
+        if version: return version, get_version_run(version, name)
+        return resolve_alias(self.alias, name)
+
+    def _check_columns(self, run_id: str) -> None:
+        "Raises: UserError for a run with other text columns than clients are told."
+        logged = logged_columns(get_run(run_id).data.params) if self.text_columns else None
+        if logged and logged[0] != self.text_columns:
+            raise UserError(
+                f"It was trained on {', '.join(logged[0])}, and the service was started with "
+                f"{', '.join(self.text_columns)}.", "Start the service anew.")
 
     def _load(self, version: int|None, run_id: str) -> Engine:
         "A warm engine, loaded in a low-priority thread."
@@ -44,28 +62,36 @@ class ModelWatcher:
                                 initargs=(self.niceness,)) as low_priority_pool:
             engine = low_priority_pool.submit(
                 load_engine, Engine, self.config, version, run_id).result()
-            low_priority_pool.submit(engine.warm_up).result()
+            if self.engine or self.warm_first:
+                low_priority_pool.submit(engine.warm_up).result()
             return engine
 
     def refresh(self) -> None:
         "Switches to the alias's version. Raises: UserError if there is none, or if it is corrupt."
-        version, run_id = self._current_version()
+        version, run_id = self.current_version()
         if self.engine and (self.engine.version, self.engine.run_id) == (version, run_id):
             self.rejected = None
             return
         if self.rejected and self.rejected["version"] == version: return
         try:
+            self._check_columns(run_id)
             self.engine = self._load(version, run_id)
         except UserError as error:
             self.rejected = {"version": version, "reason": str(error)}
             raise
         self.rejected = None
-        get_logger().info(f"{self.alias}: serving version {version} (run {run_id})")
+        if self._closed:
+            self.engine = None
+        get_logger().info(f"{self.follower}: serving version {version} (run {run_id})")
 
     def try_refresh(self) -> None:
         "Refreshes; a failure is logged and the present engine keeps answering."
-        with log_failures(self.alias):
+        with log_failures(self.follower):
             self.refresh()
+
+    def close(self) -> None:
+        "Frees the engine."
+        self._closed, self.engine = True, None
 
 # %% ../nbs/54_model_watcher.ipynb #d5857f81
 def _loggable(text: str, config: ServeConfig) -> str:

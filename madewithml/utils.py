@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRIVATE_CLUSTER', 'atomic_path', 'write_json', 'content_hash', 'shorten', 'get_logger', 'temporary_env',
-           'temporary_storage', 'is_process_alive', 'lower_thread_priority', 'BackgroundQueue', 'run_command']
+           'temporary_storage', 'is_process_alive', 'lower_thread_priority', 'BackgroundQueue', 'return_free_memory',
+           'run_command']
 
 # %% ../nbs/01_utils.ipynb #a1054a2f
-import hashlib, importlib, json, logging, os, shutil, sys, tempfile, threading, uuid
+import ctypes, hashlib, importlib, json, logging, os, shutil, sys, tempfile, threading, uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -196,6 +197,12 @@ class BackgroundQueue:
             while self._items:
                 size = min(self._batch_size, len(self._items))
                 self._work([self._items.popleft() for _ in range(size)])
+
+# %% ../nbs/01_utils.ipynb #33cbc7a2
+def return_free_memory() -> None:
+    "Returns freed memory to the system, where the C library can."
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 # %% ../nbs/01_utils.ipynb #01a00002
 def run_command(

@@ -116,8 +116,8 @@ def test_health_version_metrics(served: Served) -> None:
     served.predict([ITEM] * 3)
     metrics = served.get("/metrics").text
     for name in (
-            'madewithml_requests_total{route="/predict/",status="200"}',
-            'madewithml_predictions_total{label="computer-vision",version="1"}',
+            'madewithml_requests_total{model="",route="/predict/",status="200"}',
+            'madewithml_predictions_total{label="computer-vision",model="",version="1"}',
             "madewithml_request_seconds_bucket", "madewithml_batch_size_bucket",
             "madewithml_confidence_bucket", "madewithml_in_flight"):
         assert name in metrics, name

@@ -311,7 +311,7 @@ def test_overload(ready: Run, tmp_path: Path) -> None:
     with serving(ready, "--max-queued", half_a_second) as served:
         url = served.url + "/predict/"
         replica = find_processes(served, "ServeReplica")[0]
-        run_h2load(served, 32, 5, None, tmp_path)
+        run_h2load(served, 32, 20, None, tmp_path)  # its memory reaches that of work
         memory_before = replica.memory_info().rss
         begin = processor_seconds(replica)
         overload = run_h2load(served, 600, 60, 10 * peak, tmp_path)

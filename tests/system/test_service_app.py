@@ -15,7 +15,7 @@ from pyarrow import parquet
 from madewithml.config import ServeConfig
 from madewithml.middleware import PUBLIC_PATHS
 from madewithml.models import build_classifier, load_tokenizer, save_classifier, set_seed
-from madewithml.serve import PredictionService, create_app
+from madewithml.service import PredictionService, create_app
 from madewithml.tracking import (
     CHECKPOINT,
     fetch_checkpoint,
