@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from .config import UserError
 from .data import item_texts, pad_sequences
 from .graph import (
-    ClassifierFacts, Forward, classifier_facts, compile_graph, keep_graph, load_graph,
-    resolve_cpu_precision, torch_forward)
+    ClassifierFacts, Forward, classifier_facts, compile_graph, is_graph_kept, keep_graph,
+    load_graph, release_weights, resolve_cpu_precision, torch_forward)
 from .probabilities import (
     format_predictions, recompute_borderline, resolve_threshold, softmax)
 from .storage import check_model_dir
@@ -208,14 +208,16 @@ def prepare_graphs(
 ) -> None:
     "Keeps the graphs of the classifiers that a CPU will compute, in a process of its own."
     if runtime == "torch" or _has_gpu(): return
-    missing = [str(folder) for folder in folders if load_graph(folder) is None]
+    missing = [str(folder) for folder in folders if not is_graph_kept(folder)]
     if not missing: return
     get_logger().info(f"Exporting the graphs of {len(missing)} models, some seconds each.")
     command = [sys.executable, "-c", _EXPORT, *missing]
     subprocess.run(command, check=False)  # a failure is told when the model is loaded
 
 # %% ../nbs/29_engine.ipynb #d988bf10
-_MEMORY_PER_WEIGHT = {"bf16": 2.0, "fp32": 2.0}  # bytes that an engine takes, per byte of its file
+# Bytes that an engine takes, per byte of its weights in fp32: the weights as it computes with them,
+# and buffers. In fp32 1.1 to 1.3 were measured; in bf16 the weights are half as large.
+_MEMORY_PER_WEIGHT = {"bf16": 0.8, "fp32": 1.35}
 
 def estimate_memory(
     folder:Path, # checkpoint
@@ -258,6 +260,7 @@ class TokenClassifier:
             self.facts.fallback_label, threshold)
         self.tokenizer = Tokenizer.from_str(self.facts.tokenizer)
         _check_finite(self.infer([[self.facts.unknown_id] * _WIDTH_STEP]))
+        release_weights(folder)  # the first pass has made its own copies
 
     def _load(self, folder: Path, runtime: str, precision: str) -> tuple[Runtime, ClassifierFacts]:
         return load_runtime(folder, runtime, precision, self.threads)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Forward', 'export_graph', 'compile_graph', 'resolve_cpu_precision', 'torch_forward', 'ClassifierFacts',
-           'classifier_facts', 'keep_graph', 'load_graph']
+           'classifier_facts', 'keep_graph', 'is_graph_kept', 'load_graph', 'release_weights']
 
 # %% ../nbs/28_graph.ipynb #28a00004
-import json, shutil, sys, warnings
+import ctypes, json, shutil, sys, warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -164,6 +164,12 @@ def keep_graph(
     return graph
 
 # %% ../nbs/28_graph.ipynb #28a00015
+def is_graph_kept(
+    folder:str|Path, # checkpoint
+) -> bool:
+    "Whether its graph is kept; `load_graph` also verifies it."
+    return _graph_dir(folder).is_dir()
+
 def load_graph(
     folder:str|Path, # checkpoint
 ) -> tuple[openvino.Model, ClassifierFacts]|None:
@@ -173,3 +179,22 @@ def load_graph(
     kept.touch()  # `_remove_old_graphs` keeps those used last
     facts = json.loads((kept / "facts.json").read_text(encoding="utf-8"))
     return _openvino_core().read_model(kept / "graph.xml"), ClassifierFacts(**facts)
+
+# %% ../nbs/28_graph.ipynb #c7bc2b70
+_MADV_DONTNEED = 4  # of Linux
+
+def release_weights(
+    folder:str|Path, # checkpoint, whose graph was compiled
+) -> int:
+    "Gives back the memory of the kept weights' file; returns its size in bytes. On Linux."
+    maps = Path("/proc/self/maps")
+    if not maps.exists(): return 0
+    path = str((_graph_dir(folder) / "graph.bin").resolve())
+    libc = ctypes.CDLL(None)
+    total = 0
+    for line in maps.read_text().splitlines():
+        if not line.endswith(path): continue
+        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
+        total += end - begin
+    return total

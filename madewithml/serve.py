@@ -17,17 +17,18 @@ from starlette.types import ASGIApp
 
 from .config import ServeConfig, UserError, get_settings, load_token
 from .haproxy import HAProxySupervisor
-from .many_models import ManyModels, prepare_models
+from .multi_model import MultiModelApp, prepare_models
 from .model_watcher import ModelWatcher
 from .service import PredictionService, create_app
 from .utils import get_logger, lower_thread_priority, run_command, temporary_env
 
 # %% ../nbs/58_serve.ipynb #85f4e094
-def _start_replica(config: ServeConfig) -> tuple[PredictionService|ManyModels, ASGIApp]:
+def _start_replica(config: ServeConfig) -> tuple[PredictionService|MultiModelApp, ASGIApp]:
     "Service and application of a replica, created in its process."
     sys.setswitchinterval(0.0005)  # s; a forward pass starts sooner than with Python's 5 ms
     if config.models:
-        models = ManyModels(config)
+        prepare_models(config)  # done already, unless this is another machine than the driver's
+        models = MultiModelApp(config)
         return models, models.limited_app
     service = PredictionService(config)
     return service, create_app(service)

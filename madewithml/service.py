@@ -67,11 +67,13 @@ def _in_replica() -> bool:
         return False
 
 # %% ../nbs/56_service.ipynb #66ef2080
+_FORWARD_NICENESS = 5  # with 10, Ray's controller, which starts anew, left 504s on two processors
+
 def forward_pool(
     num_streams:int, # forward passes in parallel
 ) -> ThreadPoolExecutor:
     "Threads of the forward passes. The thread that reads requests has priority."
-    return ThreadPoolExecutor(num_streams, "forward", lower_thread_priority, (10,))
+    return ThreadPoolExecutor(num_streams, "forward", lower_thread_priority, (_FORWARD_NICENESS,))
 
 class Batcher:
     "Collects encoded texts into batches and computes several batches in parallel."

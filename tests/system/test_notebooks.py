@@ -46,7 +46,8 @@ SLOW = {  # run by `make test-slow`
     "explore/tuning": {"dataset_loc": SMALL_TABLE, "num_runs": 2, "seeds": [1]},
 }
 TRAINED = {"explore/drift_power": {"windows": 2}}  # needs a run
-SERVED = {"explore/serving_speed": {"clients": [1, 8], "seconds": 1, "rounds": 1}}
+SERVED = {"explore/serving_speed": {"clients": [1, 8], "seconds": 1, "rounds": 1},
+          "explore/multi_model_speed": {"num_models": 6, "clients": 4, "seconds": 2, "rounds": 1}}
 
 
 def execute(name: str, parameters: dict, folder: Path,
@@ -135,7 +136,7 @@ has_load_tools = shutil.which("wrk") and importlib.util.find_spec("litserve")
 @pytest.mark.skipif(not has_load_tools, reason="needs wrk and litserve")
 @pytest.mark.parametrize("name", SERVED)
 def test_runs_with_a_champion(name: str, promoted: Run, tmp_path: Path) -> None:
-    """The benchmark of the service, on a champion."""
+    """The benchmarks of the service; the first needs a champion."""
     execute(name, SERVED[name], tmp_path, promoted.folder / "storage")
 
 
