@@ -379,6 +379,7 @@ def test_metrics_of_many_classes_are_bounded(many_classes: PredictionService) ->
         client.post("/predict/", json=items)
         lines = client.get("/metrics").text.splitlines()
     version = f'version="{many_classes.engine.version}"'
-    without_class = [line for line in lines if f'_total{{label="",{version}}}' in line]
+    without_class = [line for line in lines
+                     if f'_total{{label="",model="",{version}}}' in line]
     assert len(without_class) == (len(many_classes.engine.labels) > 200)
     assert sum(line.startswith("madewithml_predictions_total") for line in lines) <= 200
