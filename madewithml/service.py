@@ -8,7 +8,7 @@ __all__ = ['EncodedText', 'forward_pool', 'Batcher', 'CanarySides', 'service_met
            'EvaluateRequest', 'item_schema', 'new_app', 'model_app', 'route_paths', 'limit_app', 'create_app']
 
 # %% ../nbs/56_service.ipynb #08e5f258
-import asyncio, contextlib, json, os, re, threading, time
+import asyncio, contextlib, json, os, re, threading, time, weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,13 +46,17 @@ from .utils import lower_thread_priority
 from .web_ui import add_pages
 
 # %% ../nbs/56_service.ipynb #81eabbfb
-EncodedText = tuple[Engine, list[int]]  # token ids, and the engine that made them
+# Token ids, and the engine that made them. Weak, as Ray's queue keeps the last batch: an engine
+# that nobody uses anymore must be freed.
+EncodedText = tuple[weakref.ref[Engine], list[int]]
 
 def _infer_by_engine(texts: list[EncodedText]) -> list[np.ndarray]:
-    "Probabilities of each text, by the engine that encoded it."
+    "Probabilities of each text, by the engine that encoded it; of one that is gone, none."
     results: list[Any] = [None] * len(texts)
-    for engine in {id(engine): engine for engine, _ in texts}.values():
-        positions = [i for i, (encoder, _) in enumerate(texts) if encoder is engine]
+    for reference in {reference for reference, _ in texts}:
+        engine = reference()
+        if engine is None: continue  # the request was given up
+        positions = [i for i, (encoder, _) in enumerate(texts) if encoder == reference]
         probabilities = engine.infer([texts[i][1] for i in positions])
         for i, row in zip(positions, probabilities, strict=True):
             results[i] = row
@@ -125,7 +129,8 @@ class Batcher:
         try:
             while self._in_progress > self.num_streams:
                 await self._batch_ended.wait()
-            rows = [self._infer_batched((engine, row)) for row in ids]
+            reference = weakref.ref(engine)
+            rows = [self._infer_batched((reference, row)) for row in ids]
             return np.stack(await asyncio.gather(*rows))
         finally:
             self.queued -= len(ids)

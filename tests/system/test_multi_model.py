@@ -8,6 +8,7 @@ import pytest
 
 from ..conftest import Run
 from .test_serve import ITEM, Served, serving
+from .test_serve_load import find_processes
 
 MODELS = """
 support: {model_name: madewithml}
@@ -61,6 +62,23 @@ def test_a_busy_model_leaves_the_other_alone(many: Served) -> None:
     metrics = many.get("/metrics").text
     assert 'madewithml_requests_total{model="tags",route="/predict/",status="200"}' in metrics
     assert 'madewithml_model_loads_total{model="tags"} 1.0' in metrics
+
+
+def test_a_dropped_model_gives_its_memory_back(promoted: Run) -> None:
+    """Six models in turn, with memory for one: the replica does not grow from one round to the
+    next, and not by more than two models from the first load on."""
+    names = ",".join(f"m{i}=run {promoted.run_id}" for i in range(6))
+    with serving(promoted, "--models", names, "--model-memory-mb", "150") as served:
+        replica = find_processes(served, "ServeReplica")[0]
+        sizes = []
+        for _ in range(3):
+            for i in range(6):
+                assert served.post(f"/models/m{i}/predict/", ITEM).status_code == 200
+                sizes.append(replica.memory_info().rss / 1e6)
+        assert served.get("/models").json()[5]["state"] == "loaded"
+        assert 'madewithml_model_loads_total{model="m3"} 3.0' in served.get("/metrics").text
+    assert max(sizes) < sizes[0] + 250, sizes
+    assert max(sizes[12:]) < max(sizes[:6]) + 100, sizes
 
 
 def test_pages_and_logs_by_model(many: Served, promoted: Run) -> None:
