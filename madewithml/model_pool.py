@@ -33,23 +33,14 @@ class _Entry(Generic[_Model]):
         self.leaving: asyncio.Event|None = None  # set when it is dropped
 
 # %% ../nbs/47_model_pool.ipynb #8f0c15e4
-class ModelPool(Generic[_Model]):
-    "The models of a service, of which some are in memory; for one event loop."
+class _ResidentModels(Generic[_Model]):
+    "The models that are in memory, within a budget."
 
-    def __init__(self,
-        names:list[str], # of the models
-        load:Callable[[str], _Model], # loads a model, in a thread
-        drop:Callable[[_Model], None], # frees a model, in a thread
-        measure:Callable[[str], int], # bytes of memory that a model needs, before it is loaded
-        max_bytes:int=0, # memory of all loaded models; 0: no limit
-    ):
-        self._load, self._drop, self._measure = load, drop, measure
+    def __init__(self, names: list[str], drop: Callable[[_Model], None], max_bytes: int):
         self.max_bytes = max_bytes
         self.turn_s = 2.0  # that a busy model stays at least
-        self.retry_after_s = 30.0  # before a model that could not be loaded is tried again
-        self.loads = 0
+        self._drop = drop
         self._entries = {name: _Entry[_Model](name) for name in names}
-        self._one_at_a_time = asyncio.Lock()
         self._released = asyncio.Event()
 
     def loaded(self) -> dict[str, _Model]:
@@ -60,6 +51,62 @@ class ModelPool(Generic[_Model]):
     def failures(self) -> dict[str, str]:
         "Why models could not be loaded, by name."
         return {name: entry.failure for name, entry in self._entries.items() if entry.failure}
+
+    async def _make_room(self, num_bytes: int) -> None:
+        "Drops models until the bytes are free. Raises: UserError if they are more than there is."
+        if not self.max_bytes: return
+        if num_bytes > self.max_bytes:
+            raise UserError(f"It needs {num_bytes / 1e6:.0f} MB of memory, more than the "
+                            f"{self.max_bytes / 1e6:.0f} MB for all models.")
+        while self._used_bytes() + num_bytes > self.max_bytes:
+            if entry := self._next_to_drop():
+                await self._drop_entry(entry)
+            else:
+                await asyncio.sleep(0.05)
+
+    def _used_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self._entries.values() if entry.model is not None)
+
+    def _next_to_drop(self) -> _Entry[_Model]|None:
+        "The idle model that was used least recently, else the busy one that has had its turn."
+        loaded = [entry for entry in self._entries.values() if entry.model is not None]
+        idle = [entry for entry in loaded if not entry.users]
+        if idle: return min(idle, key=lambda entry: entry.last_used)
+        first = min(loaded, key=lambda entry: entry.loaded_at)
+        return first if time.monotonic() - first.loaded_at > self.turn_s else None
+
+    async def _drop_entry(self, entry: _Entry[_Model]) -> None:
+        "Lets the model finish its requests, and frees it."
+        entry.leaving = asyncio.Event()
+        while entry.users:
+            self._released.clear()
+            await self._released.wait()
+        try:
+            if (model := entry.model) is not None:
+                entry.model = None
+                await asyncio.to_thread(self._drop, model)
+                del model
+            await asyncio.to_thread(return_free_memory)
+        finally:
+            entry.leaving.set()
+            entry.leaving = None
+
+# %% ../nbs/47_model_pool.ipynb #f946c578
+class ModelPool(_ResidentModels[_Model]):
+    "The models of a service, of which some are in memory; for one event loop."
+
+    def __init__(self,
+        names:list[str], # of the models
+        load:Callable[[str], _Model], # loads a model, in a thread
+        drop:Callable[[_Model], None], # frees a model, in a thread
+        measure:Callable[[str], int], # bytes of memory that a model needs, before it is loaded
+        max_bytes:int=0, # memory of all loaded models; 0: no limit
+    ):
+        super().__init__(names, drop, max_bytes)
+        self._load, self._measure = load, measure
+        self.retry_after_s = 30.0  # before a model that could not be loaded is tried again
+        self.loads = 0
+        self._one_at_a_time = asyncio.Lock()
 
     @asynccontextmanager
     async def use(self,
@@ -103,42 +150,3 @@ class ModelPool(Generic[_Model]):
             get_logger().warning(f"model {entry.name}: {entry.failure}")
         finally:
             entry.loading = None
-
-    async def _make_room(self, num_bytes: int) -> None:
-        "Drops models until the bytes are free. Raises: UserError if they are more than there is."
-        if not self.max_bytes: return
-        if num_bytes > self.max_bytes:
-            raise UserError(f"It needs {num_bytes / 1e6:.0f} MB of memory, more than the "
-                            f"{self.max_bytes / 1e6:.0f} MB for all models.")
-        while self._used_bytes() + num_bytes > self.max_bytes:
-            if entry := self._next_to_drop():
-                await self._drop_entry(entry)
-            else:
-                await asyncio.sleep(0.05)
-
-    def _used_bytes(self) -> int:
-        return sum(entry.num_bytes for entry in self._entries.values() if entry.model is not None)
-
-    def _next_to_drop(self) -> _Entry[_Model]|None:
-        "The idle model that was used least recently, else the busy one that has had its turn."
-        loaded = [entry for entry in self._entries.values() if entry.model is not None]
-        idle = [entry for entry in loaded if not entry.users]
-        if idle: return min(idle, key=lambda entry: entry.last_used)
-        first = min(loaded, key=lambda entry: entry.loaded_at)
-        return first if time.monotonic() - first.loaded_at > self.turn_s else None
-
-    async def _drop_entry(self, entry: _Entry[_Model]) -> None:
-        "Lets the model finish its requests, and frees it."
-        entry.leaving = asyncio.Event()
-        while entry.users:
-            self._released.clear()
-            await self._released.wait()
-        try:
-            if (model := entry.model) is not None:
-                entry.model = None
-                await asyncio.to_thread(self._drop, model)
-                del model
-            await asyncio.to_thread(return_free_memory)
-        finally:
-            entry.leaving.set()
-            entry.leaving = None

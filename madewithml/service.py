@@ -79,6 +79,7 @@ def forward_pool(
     "Threads of the forward passes. The thread that reads requests has priority."
     return ThreadPoolExecutor(num_streams, "forward", lower_thread_priority, (_FORWARD_NICENESS,))
 
+# %% ../nbs/56_service.ipynb #bcd9f921
 class Batcher:
     "Collects encoded texts into batches and computes several batches in parallel."
 
