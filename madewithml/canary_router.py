@@ -65,95 +65,14 @@ def _compare(champion: Callable[[], Engine], copies: list[_Copy]) -> None:
     is_same = [answer["prediction"] for answer in answers] == predictions
     counter.add("compared", *([] if is_same else ["disagreements"]))
 
-# %% ../nbs/46_canary_router.ipynb #46a00031
-_E = TypeVar("_E", bound=Engine)
+# %% ../nbs/46_canary_router.ipynb #9a177162
+class _AnswerCounter:
+    "Counts the answers of both sides."
 
-def load_engine(
-    kind:type[_E], # of the engine
-    config:ServeConfig, # how it computes
-    version:int|None, # of the registered model; None: a run without a version
-    run_id:str, # MLflow run that trained it
-    **options:Any, # of this kind of engine
-) -> _E:
-    "An engine as a service uses it, not warm yet. Raises: UserError, ModelFailed."
-    return kind(fetch_checkpoint(run_id), config.precision, config.runtime, version, run_id,
-                config.threads, sealed=True, threshold=config.threshold, **options)
-
-# %% ../nbs/46_canary_router.ipynb #46a00032
-class CanaryRouter:
-    "Follows the canary of a model; tells a caller's side, and counts."
-
-    def __init__(self,
-        config:ServeConfig, # model, runtime, precision
-        champion:Callable[[], Engine], # the engine that the service answers with
-    ):
-        self.config = config
-        self.name = config.model_name or get_settings().registry_name
-        self.champion = champion
-        self.canary: Canary|None = None
-        self.engines: dict[Side, IsolatedEngine] = {}
+    def __init__(self, champion: Callable[[], Engine]):
+        self.champion = champion  # the engine that the service answers with
+        self._counter = _Counter()
         self._copies = BackgroundQueue(partial(_compare, champion), "canary-comparison")
-        self._counter = _Counter()
-        self._replica = uuid.uuid4().hex[:8]
-
-    def _reset(self) -> None:
-        self.canary = None
-        for engine in self.engines.values():
-            engine.close()
-        self.engines = {}
-        self._counter = _Counter()
-
-    def _load(self, side: Side, version: int, run_id: str) -> None:
-        "Loads the engine of a side unless its process runs."
-        if (engine := self.engines.get(side)) and not engine.process.ended: return
-        if engine:
-            engine.close()
-            self._counter.add(*(["exits"] if side == "canary" else []))
-        try:
-            loaded = load_engine(IsolatedEngine, self.config, version, run_id,
-                                 timeout=self.config.request_timeout_s / 2)
-            loaded.warm_up()
-            self.engines[side] = loaded
-        except (UserError, ModelFailed) as error:
-            get_logger().warning(f"{side}, version {version}: {error}")
-            if side == "canary":
-                self._counter.rejected = str(error)
-
-    def _is_promoted(self, aliases: dict[str, int]) -> bool:
-        "Whether the canary became the champion, which the service itself has not loaded yet."
-        version = self.canary.version if self.canary else None
-        return aliases.get("champion") == version != self.champion().version
-
-    def refresh(self) -> None:
-        "Follows the alias, and writes the counts. Raises: UserError, MlflowException, OSError."
-        aliases = get_aliases(self.name)
-        canary = find_canary(self.name, aliases)
-        if self.canary and canary is None and self._is_promoted(aliases): return
-        if self.canary and (canary is None or canary.canary_id != self.canary.canary_id):
-            get_logger().info(f"canary: version {self.canary.version} has ended")
-            self._reset()
-        if canary is None: return
-        self._load("canary", canary.version, canary.run_id)
-        self._load("control", *resolve_alias("champion", self.name))
-        if len(self.engines) == 2 and not self._counter.events["loaded"]:
-            self._counter.add("loaded")
-            get_logger().info(f"canary: version {canary.version} is loaded")
-        self.canary = canary
-        write_counts(self._counter.snapshot(), canary.folder, self._replica)
-
-    def try_refresh(self) -> None:
-        "Refreshes; a failure is logged and the present state stays."
-        with log_failures("canary"):
-            self.refresh()
-
-    def assign(self,
-        texts:list[str], # of a request; they name the caller if no header does
-    ) -> Side|None:
-        "The side of the caller who is being answered; None: only the champion."
-        canary = self.canary
-        if canary is None or len(self.engines) < 2: return None
-        caller = current_caller.get() or "\0".join(texts)
-        return assign_side(caller, canary.canary_id, canary.share_at(time.time()))
 
     def count_failure(self,
         side:Side, # that failed to answer a request
@@ -177,6 +96,105 @@ class CanaryRouter:
         if side == "canary":
             predictions = [answer["prediction"] for answer in answers]
             self._copies.add((self._counter, texts, predictions))
+
+# %% ../nbs/46_canary_router.ipynb #46a00031
+_E = TypeVar("_E", bound=Engine)
+
+def load_engine(
+    kind:type[_E], # of the engine
+    config:ServeConfig, # how it computes
+    version:int|None, # of the registered model; None: a run without a version
+    run_id:str, # MLflow run that trained it
+    **options:Any, # of this kind of engine
+) -> _E:
+    "An engine as a service uses it, not warm yet. Raises: UserError, ModelFailed."
+    return kind(fetch_checkpoint(run_id), config.precision, config.runtime, version, run_id,
+                config.threads, sealed=True, threshold=config.threshold, **options)
+
+# %% ../nbs/46_canary_router.ipynb #60603587
+class _CanaryEngines(dict[Side, IsolatedEngine]):
+    "The loaded engines of both sides, each in a process of its own."
+
+    def __init__(self, config: ServeConfig):
+        super().__init__()
+        self.config = config
+
+    def load(self, side: Side, version: int, run_id: str, counter: _Counter) -> None:
+        "Loads the engine of a side unless its process runs."
+        if (engine := self.get(side)) and not engine.process.ended: return
+        if engine:
+            engine.close()
+            counter.add(*(["exits"] if side == "canary" else []))
+        try:
+            loaded = load_engine(IsolatedEngine, self.config, version, run_id,
+                                 timeout=self.config.request_timeout_s / 2)
+            loaded.warm_up()
+            self[side] = loaded
+        except (UserError, ModelFailed) as error:
+            get_logger().warning(f"{side}, version {version}: {error}")
+            if side == "canary":
+                counter.rejected = str(error)
+
+    def close(self) -> None:
+        "Ends the processes."
+        for engine in self.values():
+            engine.close()
+        self.clear()
+
+# %% ../nbs/46_canary_router.ipynb #46a00032
+class CanaryRouter(_AnswerCounter):
+    "Follows the canary of a model; tells a caller's side, and counts."
+
+    def __init__(self,
+        config:ServeConfig, # model, runtime, precision
+        champion:Callable[[], Engine], # the engine that the service answers with
+    ):
+        super().__init__(champion)
+        self.name = config.model_name or get_settings().registry_name
+        self.canary: Canary|None = None
+        self.engines = _CanaryEngines(config)
+        self._replica = uuid.uuid4().hex[:8]
+
+    def _reset(self) -> None:
+        self.canary = None
+        self.engines.close()
+        self._counter = _Counter()
+
+    def _is_promoted(self, aliases: dict[str, int]) -> bool:
+        "Whether the canary became the champion, which the service itself has not loaded yet."
+        version = self.canary.version if self.canary else None
+        return aliases.get("champion") == version != self.champion().version
+
+    def refresh(self) -> None:
+        "Follows the alias, and writes the counts. Raises: UserError, MlflowException, OSError."
+        aliases = get_aliases(self.name)
+        canary = find_canary(self.name, aliases)
+        if self.canary and canary is None and self._is_promoted(aliases): return
+        if self.canary and (canary is None or canary.canary_id != self.canary.canary_id):
+            get_logger().info(f"canary: version {self.canary.version} has ended")
+            self._reset()
+        if canary is None: return
+        self.engines.load("canary", canary.version, canary.run_id, self._counter)
+        self.engines.load("control", *resolve_alias("champion", self.name), self._counter)
+        if len(self.engines) == 2 and not self._counter.events["loaded"]:
+            self._counter.add("loaded")
+            get_logger().info(f"canary: version {canary.version} is loaded")
+        self.canary = canary
+        write_counts(self._counter.snapshot(), canary.folder, self._replica)
+
+    def try_refresh(self) -> None:
+        "Refreshes; a failure is logged and the present state stays."
+        with log_failures("canary"):
+            self.refresh()
+
+    def assign(self,
+        texts:list[str], # of a request; they name the caller if no header does
+    ) -> Side|None:
+        "The side of the caller who is being answered; None: only the champion."
+        canary = self.canary
+        if canary is None or len(self.engines) < 2: return None
+        caller = current_caller.get() or "\0".join(texts)
+        return assign_side(caller, canary.canary_id, canary.share_at(time.time()))
 
     def close(self) -> None:
         "Ends the processes."

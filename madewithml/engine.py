@@ -234,6 +234,14 @@ def _check_finite(probabilities: np.ndarray) -> None:
         raise UserError("The classifier's outputs are no probabilities: "
                         "its weights are not finite.")
 
+def _warm_up_passes(runtime: Runtime, facts: ClassifierFacts) -> list[tuple[Callable, int]]:
+    """Each width up to 256 tokens once per stream.
+
+    Of the fp32 pass, which is rare, only the shortest: another width is ready in 10 ms."""
+    widths = range(_WIDTH_STEP, min(facts.max_length, 256) + 1, _WIDTH_STEP)
+    return [(runtime.fp32_forward, _WIDTH_STEP)] + [
+        (runtime.forward, width) for width in widths for _ in range(runtime.num_streams)]
+
 # %% ../nbs/29_engine.ipynb #8453a4dd
 class TokenClassifier:
     "A verified and loaded classifier of token ids."
@@ -270,16 +278,10 @@ class TokenClassifier:
         return ThreadPoolExecutor(self.runtime.num_streams, thread_name_prefix="engine")
 
     def warm_up(self) -> None:
-        """Computes each width up to 256 tokens once per stream, which prepares its own code.
-
-        Of the fp32 pass, which is rare, only the shortest: another width is ready in 10 ms."""
-        widths = range(_WIDTH_STEP, min(self.facts.max_length, 256) + 1, _WIDTH_STEP)
-        passes = [(self.runtime.fp32_forward, _WIDTH_STEP)]
-        passes += [(self.runtime.forward, width) for width in widths
-                   for _ in range(self.runtime.num_streams)]
+        "Computes each width up to 256 tokens, which prepares its own code."
         infer = lambda forward, width: infer_by_length(
             forward, [[self.facts.unknown_id] * width], self.facts)
-        list(self._pool.map(infer, *zip(*passes, strict=True)))
+        list(self._pool.map(infer, *zip(*_warm_up_passes(self.runtime, self.facts), strict=True)))
 
     def infer(self,
         ids:list[list[int]], # token ids of each text

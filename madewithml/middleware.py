@@ -47,8 +47,8 @@ def _forget_ended_replicas(folder: str) -> None:
                 multiprocess.mark_process_dead(pid, folder)
 
 # %% ../nbs/51_middleware.ipynb #c6a171b8
-class ServiceMetrics:
-    "Counters of the service, in Prometheus's format."
+class _ServiceCounters:
+    "What the service counts."
 
     def __init__(self,
         folder:str|Path, # directory that the replicas of this machine share
@@ -76,6 +76,11 @@ class ServiceMetrics:
         self.in_flight = _gauge("in_flight", "Requests in flight", "model")
         self.max_in_flight = _gauge("max_in_flight", "Requests in flight beyond which the live "
                                     "replicas reject others", "model")
+
+
+# %% ../nbs/51_middleware.ipynb #b879e110
+class ServiceMetrics(_ServiceCounters):
+    "Counters of the service, in Prometheus's format."
 
     def for_model(self,
         model:str, # name of one of several models
@@ -183,6 +188,8 @@ def _replay(body: bytes, receive):
     return next_message
 
 # %% ../nbs/51_middleware.ipynb #0a33ba13
+_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
+
 async def _read_body(headers: dict[bytes, bytes], receive, config: ServeConfig) -> bytes:
     "The complete body. Raises: RequestRejected if it is too large or too slow."
     limit = config.max_body_bytes
@@ -212,6 +219,12 @@ async def _read_body(headers: dict[bytes, bytes], receive, config: ServeConfig) 
     if too_large:
         raise RequestRejected(413, f"The body is larger than {limit} bytes.", connection="close")
     return b"".join(parts)
+
+async def _receive_body(method: str, headers: dict[bytes, bytes], receive, config: ServeConfig):
+    "ASGI's `receive`, whose body has arrived completely. Raises: RequestRejected."
+    if method in _WITHOUT_BODY: return receive
+    return _replay(await _read_body(headers, receive, config), receive)
+
 
 # %% ../nbs/51_middleware.ipynb #03f43136
 def complete_scope(
@@ -286,6 +299,12 @@ def _route_name(scope: dict, routes: frozenset[str]) -> str:
     path = scope["path"] if scope["path"] in routes else "other"
     return getattr(scope.get("route"), "path", path)
 
+def _timeout_s(path: str, config: ServeConfig) -> float:
+    "Until a request must be answered."
+    is_evaluation = path.startswith("/evaluate")
+    return config.evaluate_timeout_s if is_evaluation else config.request_timeout_s
+
+
 # %% ../nbs/51_middleware.ipynb #54e7a864
 MODELS_PATH = "/models/"  # of a service with several models
 
@@ -301,8 +320,6 @@ def named_model(
     return ""
 
 # %% ../nbs/51_middleware.ipynb #25a9a342
-_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
-
 class LimitsMiddleware:
     "ASGI middleware: authentication, limits, timeouts, security headers and metrics."
 
@@ -355,13 +372,10 @@ class LimitsMiddleware:
             _check_token(headers, self.token)
         if path not in NEVER_OVERLOADED and self.in_flight[model] > self.config.max_queued:
             raise RequestRejected(503, OVERLOADED, retry_after="1")
-        is_evaluation = path.startswith("/evaluate")
-        timeout = self.config.evaluate_timeout_s if is_evaluation else self.config.request_timeout_s
+        timeout = _timeout_s(path, self.config)
         try:
             async with asyncio.timeout(timeout):
-                if scope["method"] not in _WITHOUT_BODY:
-                    body = await _read_body(headers, receive, self.config)
-                    receive = _replay(body, receive)
+                receive = await _receive_body(scope["method"], headers, receive, self.config)
                 await self.app(scope, receive, sender)
         except TimeoutError:
             raise RequestRejected(504, f"No answer within {timeout:g} seconds.") from None

@@ -19,7 +19,7 @@ from .config import ModelSource, ServeConfig, UserError, get_settings, load_toke
 from .engine import estimate_memory, prepare_graphs
 from .middleware import MODELS_PATH, complete_scope, named_model
 from .model_pool import ModelPool
-from .model_watcher import ModelWatcher
+from .model_watcher import resolve_version
 from .protocols import V2_PREFIX, RequestRejected, add_server_route, error_responses
 from .registry import log_failures
 from .service import (Batcher, PredictionService, SharedParts, forward_pool, limit_app,
@@ -63,8 +63,8 @@ class _ModelLoader:
     def load(self, name: str) -> _Loaded:
         "The model, ready to answer. Raises: UserError, MlflowException."
         config = self.config.for_model(name)
-        watcher = ModelWatcher(config, config.alias)
-        logged = logged_columns(get_run(watcher.current_version()[1]).data.params)
+        _, run_id = resolve_version(config, config.alias)
+        logged = logged_columns(get_run(run_id).data.params)
         columns = logged[0] if logged else get_settings().text_columns
         shared = SharedParts(name, columns, self.metrics.for_model(name), self._batchers[name])
         service = PredictionService(config, shared)
@@ -79,7 +79,7 @@ class _ModelLoader:
     def measure(self, name: str) -> int:
         "Bytes of memory that the model will need."
         config = self.config.for_model(name)
-        _, run_id = ModelWatcher(config, config.alias).current_version()
+        _, run_id = resolve_version(config, config.alias)
         return estimate_memory(fetch_checkpoint(run_id), config.precision)
 
 # %% ../nbs/57_multi_model.ipynb #048050ea
@@ -234,7 +234,7 @@ def prepare_models(
     for name in config.models:
         source = config.for_model(name)
         with log_failures(f"model {name}"):
-            _, run_id = ModelWatcher(source, source.alias).current_version()
+            _, run_id = resolve_version(source, source.alias)
             folders.append(fetch_checkpoint(run_id))
     if not folders: raise UserError("--models: none of the models can be served.")
     prepare_graphs(folders, config.runtime)

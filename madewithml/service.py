@@ -239,8 +239,8 @@ class SharedParts:
     batcher: Batcher               # with threads that all models share
 
 # %% ../nbs/56_service.ipynb #0581532a
-class PredictionService:
-    "State of a replica: encode, batch, predict, follow the registry, log."
+class _ServedModel:
+    "The model of a replica, its batcher and its log; follows the registry."
 
     def __init__(self,
         config:ServeConfig, # what to serve, and how
@@ -294,6 +294,11 @@ class PredictionService:
         if not self.batcher.is_shared:
             self.batcher.pool.shutdown(cancel_futures=True)
         self.versions.close()
+
+
+# %% ../nbs/56_service.ipynb #9030ccd5
+class PredictionService(_ServedModel):
+    "State of a replica: encode, batch, predict, follow the registry, log."
 
     async def predict(self,
         texts:list[str], # joined texts, see `data.join_text`
