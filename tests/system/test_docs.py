@@ -26,7 +26,7 @@ import yaml
 from typer.exceptions import TyperException
 
 from madewithml.cli import app
-from madewithml.config import Settings, UserError
+from madewithml.config import PromotionPolicy, ServeConfig, Settings, UserError
 from madewithml.pipeline import parse_parameters
 from madewithml.ray_session import find_free_ports
 
@@ -37,6 +37,10 @@ OTHERS = ["README.md", "CONTRIBUTING.md", "deploy/README.md", "deploy/kuberay/RE
           "docs/notebooks.md"]
 SAMPLES = [*HOW_TO, *(ROOT / name for name in OTHERS)]
 BIN = Path(sys.executable).parent
+FILES = {  # what checks the content of a file that a page names
+    "policy.yaml": PromotionPolicy.model_validate,
+    "models.yaml": lambda models: ServeConfig(models=models),
+}
 MODULES = sorted((ROOT / "madewithml").glob("[!_]*.py"))
 
 
@@ -159,8 +163,11 @@ def test_samples_are_well_formed(page: Path) -> None:
     for block in blocks(page):
         if block.language == "python":
             compile(block.text, str(block), "exec")
-        elif block.language in ("yaml", "json"):
-            (yaml.safe_load if block.language == "yaml" else json.loads)(block.text)
+        elif block.language == "json":
+            json.loads(block.text)
+        elif block.language == "yaml":
+            assert block.file, f"{block} needs the name of a file, or it would be run"
+            FILES.get(block.file, lambda fields: None)(yaml.safe_load(block.text))
         elif block.language == "bash" and not block.file:
             subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
             for sets, words in commands(block.text):
