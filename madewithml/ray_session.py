@@ -10,6 +10,7 @@ import json, logging, os, socket, sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 _DEFAULT_ENV = {
@@ -91,10 +92,14 @@ def _silence_ray() -> None:
     context.print_on_execution_start = False
 
 # %% ../nbs/05_ray_session.ipynb #d37d7d6d
+_START_WAIT = "RAY_gcs_server_port_wait_time_s"
+
 def _private_cluster_env(fixed_address: bool) -> dict[str, str]:
     "Environment of a private cluster's processes."
     variables = worker_env_vars()
     variables[PRIVATE_CLUSTER] = content_hash(worker_env_vars())
+    # Ray's own 20 to 30 seconds are too few where its programs are first read from a slow disk.
+    variables[_START_WAIT] = os.environ.get(_START_WAIT, "120")
     if fixed_address:
         # With several clusters on a machine, Ray Tune's clean-up process would pick the wrong one.
         port = str(find_free_ports(1)[0])
@@ -118,6 +123,24 @@ def check_cluster(
     except (OSError, ValueError) as error:
         raise UserError(f"Cannot reach a Ray cluster at {address}: {error}.", _JOIN_HINT) from None
 
+# %% ../nbs/05_ray_session.ipynb #3959f89b
+def _start_cluster(**options: Any) -> None:
+    "Starts the private cluster. Raises: UserError."
+    try:
+        ray.init("local", log_to_driver=False, logging_level=logging.ERROR,
+                 runtime_env=_runtime_env("local"), **options)
+    except (ConnectionError, TimeoutError, RuntimeError) as error:
+        hint = "Its logs are in /tmp/ray. Try again when the machine is less busy."
+        raise UserError(f"Ray does not start on this machine: {error}.", hint) from error
+
+def _join_cluster(address: str) -> None:
+    "Joins a running cluster. Raises: UserError."
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR,
+                 runtime_env=_runtime_env(address))
+    except (ConnectionError, TimeoutError) as error:
+        raise UserError(f"Cannot reach a Ray cluster at {address}: {error}.", _JOIN_HINT) from None
+
 # %% ../nbs/05_ray_session.ipynb #caea2f47
 @contextmanager
 def ray_session(
@@ -133,16 +156,14 @@ def ray_session(
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     private = address == "local"
     check_cluster(address)
-    options = {"num_cpus": num_cpus, "include_dashboard": dashboard} if private else {}
     try:
         # Kept during the block: processes that it starts join the same cluster.
         with temporary_env(_private_cluster_env(dashboard) if private else {}):
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR,
-                     runtime_env=_runtime_env(address), **options)
+            if private:
+                _start_cluster(num_cpus=num_cpus, include_dashboard=dashboard)
+            else:
+                _join_cluster(address)
             _silence_ray()
             yield ray.get_runtime_context().gcs_address
-    except (ConnectionError, TimeoutError) as error:
-        if ray.is_initialized(): raise
-        raise UserError(f"Cannot reach a Ray cluster at {address}: {error}.", _JOIN_HINT) from None
     finally:
         ray.shutdown()
