@@ -11,7 +11,7 @@ import copy, os, shutil, subprocess, sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ from tokenizers import Tokenizer
 from .config import UserError
 from .data import item_texts, pad_sequences
 from .graph import (
-    ClassifierFacts, Forward, classifier_facts, compile_graph, is_graph_kept, keep_graph,
-    load_graph, release_weights, resolve_cpu_precision, torch_forward)
+    ClassifierFacts, CompiledForward, Forward, classifier_facts, compile_graph, is_graph_kept,
+    keep_graph, load_graph, release_weights, resolve_cpu_precision, torch_forward)
 from .probabilities import (
     format_predictions, recompute_borderline, resolve_threshold, softmax)
 from .storage import check_model_dir
@@ -96,10 +96,11 @@ class Runtime:
     forward: Forward       # in the chosen precision
     fp32_forward: Forward  # for borderline texts
 
-def _compile_when_used(make: Callable[[], Forward]) -> Forward:
-    "A forward pass that is made by its first call."
-    get = lru_cache(maxsize=1)(make)
-    return lambda tokens, mask: get()(tokens, mask)
+    def release_activations(self) -> None:
+        "Frees the buffers of intermediate results, except while a pass is computed."
+        for forward in (self.forward, self.fp32_forward):
+            if isinstance(forward, CompiledForward):  # PyTorch keeps none on a CPU
+                forward.release_activations()
 
 # %% ../nbs/29_engine.ipynb #29a00001
 def torch_runtime(
@@ -132,7 +133,7 @@ def openvino_runtime(
     forward = compile_graph(graph, precision, threads, num_streams)
     if precision == "fp32": return Runtime("openvino", precision, num_streams, forward, forward)
     # In bf16 the fp32 pass is rare and someone waits for it: all threads for one stream.
-    fp32_forward = _compile_when_used(lambda: compile_graph(graph, "fp32", threads))
+    fp32_forward = compile_graph(graph, "fp32", threads, lazy=True)
     return Runtime("openvino", precision, num_streams, forward, fp32_forward)
 
 # %% ../nbs/29_engine.ipynb #29a00003

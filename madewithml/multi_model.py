@@ -25,7 +25,7 @@ from .registry import log_failures
 from .service import (Batcher, PredictionService, SharedParts, forward_pool, limit_app,
                                 model_app, new_app, route_paths, service_metrics)
 from .tracking import fetch_checkpoint, get_run
-from .utils import lower_thread_priority
+from .utils import lower_thread_priority, return_free_memory
 from .web_ui import add_docs_pages, content_security_policy, render_models
 
 # %% ../nbs/57_multi_model.ipynb #c6753f50
@@ -107,7 +107,7 @@ class MultiModelApp:
             self, route_paths(self.index), config, token, self.loader.metrics)
         self._stop = threading.Event()
         if config.poll_interval_s:
-            threading.Thread(target=self._follow, name="poll", daemon=True).start()
+            threading.Thread(target=self._maintain, name="poll", daemon=True).start()
 
     async def __call__(self, scope, receive, send) -> None:
         path = scope.get("path", "")
@@ -129,13 +129,15 @@ class MultiModelApp:
             finally:
                 scope["route"] = inner.get("route")  # for the metrics
 
-    def _follow(self) -> None:
-        "Follows the aliases of the loaded models, at a low priority."
+    def _maintain(self) -> None:
+        "Follows the aliases of the loaded models and frees their buffers, at a low priority."
         lower_thread_priority(10)
         while not self._stop.wait(self.config.poll_interval_s):
             for loaded in self.pool.loaded().values():
+                loaded.service.release_activations()
                 if loaded.service.config.follows_alias:
                     loaded.service.versions.try_refresh()
+            return_free_memory()
 
     def close(self) -> None:
         "Stops the threads and flushes the prediction logs."
