@@ -185,8 +185,9 @@ def _add_list_routes(app: FastAPI, many: MultiModelApp) -> None:
     async def ui() -> HTMLResponse:
         rows = {}
         for state in model_states(many):
-            version = f" (now {state.version})" if state.version else ""
-            rows[state.name] = (state.follows + version, f"{state.state} {state.reason}".strip())
+            version = f" (now version {state.version})" if state.version else ""
+            reason = f": {state.reason}" if state.reason else ""
+            rows[state.name] = (state.follows + version, state.state + reason)
         return HTMLResponse(render_models(rows), headers=headers)
 
 # %% ../nbs/57_multi_model.ipynb #bb18c927

@@ -590,7 +590,7 @@ def model_app(
     _add_prediction_routes(app, service)
     _add_error_handlers(app, service.text_columns)
     add_protocol_routes(app, service)
-    add_pages(app, service.text_columns)
+    add_pages(app, service.text_columns, service.name if service.is_shared else "")
     return app
 
 # %% ../nbs/56_service.ipynb #b7d68ceb

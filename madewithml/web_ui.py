@@ -34,12 +34,14 @@ def _form_fields(columns: tuple[str, ...]) -> str:
 
 def render_ui(
     columns:tuple[str, ...], # text columns of the model
+    name:str="", # of the model, if the service has several
 ) -> str:
     "HTML of the page `/ui`, with a field for each text column."
-    fields = _form_fields(columns)
+    link = '<a href="../../ui">All models</a>'
+    model = f"<p>Model: <strong>{html.escape(name)}</strong> · {link}</p>" if name else ""
     page = Template(_read_static("ui.html"))
     return page.substitute(style=_read_static("ui.css"), script=_read_static("ui.js"),
-                           fields=fields)
+                           model=model, fields=_form_fields(columns))
 
 # %% ../nbs/55_web_ui.ipynb #698ccd8a
 def render_models(
@@ -107,9 +109,10 @@ def add_docs_pages(
 def add_pages(
     app:FastAPI, # application to extend
     columns:tuple[str, ...], # text columns of the model
+    name:str="", # of the model, if the service has several
 ) -> None:
     "Adds `/ui` and `/docs`."
-    page = render_ui(columns)
+    page = render_ui(columns, name)
     headers = content_security_policy(_read_static("ui.js"))
     add_docs_pages(app)
 
