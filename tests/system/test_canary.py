@@ -1,6 +1,7 @@
 """Thirty releases by canary under load; a third of them are bad, and the command is killed in some.
+Two more are judged by delayed labels.
 
-Half an hour; `make test-load`.
+An hour; `make test-load`.
 """
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import yaml
 from ..conftest import CLI, Run, get_clean_env
 from ..load import Outcome, open_loop, summary
 from .test_serve import Served, serving
-from .test_serve_load import ITEMS, find_processes
+from .test_serve_load import HOLDOUT, ITEMS, find_processes
 
 pytestmark = pytest.mark.load
 
@@ -46,9 +48,9 @@ def register(run: Run, kind: str) -> int:
     return int(done.stdout.split()[-1])
 
 
-def start_canary(run: Run) -> subprocess.Popen:
+def start_canary(run: Run, *options: str) -> subprocess.Popen:
     command = [CLI, "canary", "start", "--policy", "canary.yaml", "--dataset-loc", "few.csv",
-               "--results-fp", "results/canary.json"]
+               "--results-fp", "results/canary.json", *options]
     return subprocess.Popen(command, cwd=run.folder, env=get_clean_env(), text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -68,21 +70,21 @@ def harm(served: Served, kind: str, done: threading.Event) -> None:
             os.kill(find_canary_process(served), number)
 
 
-def release(served: Served, kind: str, is_killed: bool) -> tuple[str, int]:
+def release(served: Served, kind: str, is_killed: bool, *options: str) -> tuple[str, int]:
     """Releases a version of this kind; its decision and version."""
     run = served.run
     version = register(run, kind)
     done = threading.Event()
     if kind in ("ending", "hanging"):
         threading.Thread(target=harm, args=(served, kind, done), daemon=True).start()
-    command = start_canary(run)
+    command = start_canary(run, *options)
     if is_killed:
         for line in command.stdout:
             if line.startswith("share 50%"):
                 command.kill()
                 break
         command.wait()
-        command = start_canary(run)
+        command = start_canary(run, *options)
     output, _ = command.communicate(timeout=400)
     done.set()
     assert command.returncode in (0, 1), output
@@ -104,31 +106,60 @@ def count_switches(outcomes: list[Outcome], version: int) -> dict[str, int]:
     return switches
 
 
+def release_under_load(served: Served, kind: str, is_killed: bool, *options: str,
+                       rate: float = RATE) -> tuple[str, int, list[Outcome]]:
+    """The decision, the version, and the requests during the release and after it."""
+    send = lambda: open_loop(served.url + "/predict/", ITEMS, rate, len(ITEMS))
+    with ThreadPoolExecutor(1) as thread:
+        releasing = thread.submit(release, served, kind, is_killed, *options)
+        outcomes = []
+        while not releasing.done():
+            outcomes += send()
+    time.sleep(4)  # the service follows the alias
+    outcomes += send()
+    assert {outcome.status for outcome in outcomes} == {200}
+    return *releasing.result(), outcomes
+
+
+def write_files(run: Run, **canary: object) -> None:
+    """The policy, with other fields of its canary, and the gate's holdout."""
+    policy = POLICY | {"canary": POLICY["canary"] | canary}
+    (run.folder / "canary.yaml").write_text(yaml.safe_dump(policy), encoding="utf-8")
+    text = "title,description,tag\n" + "".join(
+        f"a model of {i},which answers,{('mlops', 'other')[i % 2]}\n" for i in range(8))
+    (run.folder / "few.csv").write_text(text, encoding="utf-8")
+
+
 def test_thirty_releases(promoted: Run) -> None:
     """Every good release is promoted and every bad one taken back; every request is answered, and
     a caller goes to a good version once, and does not come back."""
-    (promoted.folder / "canary.yaml").write_text(yaml.safe_dump(POLICY), encoding="utf-8")
-    text = "title,description,tag\n" + "".join(
-        f"a model of {i},which answers,{('mlops', 'other')[i % 2]}\n" for i in range(8))
-    (promoted.folder / "few.csv").write_text(text, encoding="utf-8")
+    write_files(promoted)
     with serving(promoted, "--config", '{"poll_interval_s": 0.5}') as served:
         for i, kind in enumerate(RELEASES):
-            result: list[tuple[str, int]] = []
-            thread = threading.Thread(
-                target=lambda i=i, kind=kind, found=result: found.append(
-                    release(served, kind, i in KILLED)))
-            thread.start()
-            outcomes = []
-            while thread.is_alive():
-                outcomes += open_loop(served.url + "/predict/", ITEMS, RATE, len(ITEMS))
-            thread.join()
-            time.sleep(4)  # the service follows the alias
-            outcomes += open_loop(served.url + "/predict/", ITEMS, RATE, len(ITEMS))
-            [(decision, version)] = result
+            decision, version, outcomes = release_under_load(served, kind, i in KILLED)
             print(summary(f"release {i}, {kind}: {decision}", outcomes), flush=True)
-            assert {outcome.status for outcome in outcomes} == {200}
             assert decision == ("promoted" if kind == "good" else "taken back")
             switches = count_switches(outcomes, version)
             assert switches["from"] == (0 if kind == "good" else switches["to"]), switches
             answered = served.get("/version").json()["version"]
             assert (answered == version) == (kind == "good")
+
+
+def test_delayed_labels(promoted: Run) -> None:
+    """Where nothing else is watched, labels that come later tell a wrong version from a good one.
+
+    They are read twice a minute, so a step is long enough for that."""
+    write_files(promoted, max_disagreement=0.99, steps=[0.5, 1], min_step_requests=800)
+    HOLDOUT.to_csv(promoted.folder / "labels.csv", index=False)
+    config = '{"poll_interval_s": 0.5, "log_flush_interval_s": 1}'
+    with serving(promoted, "--log-dir", "canary-log", "--config", config) as served:
+        for kind, expected in (("wrong", "taken back"), ("good", "promoted")):
+            decision, _, outcomes = release_under_load(
+                served, kind, False, "--labels", "labels.csv", "--log-dir", "canary-log",
+                rate=25)
+            print(summary(f"labels, {kind}: {decision}", outcomes), flush=True)
+            results = (promoted.folder / "results" / "canary.json").read_text(encoding="utf-8")
+            errors = next(check for check in json.loads(results)["checks"]
+                          if check["name"] == "errors")
+            assert decision == expected, errors
+            assert errors["is_good"] == (kind == "good"), errors
