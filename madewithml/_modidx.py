@@ -1399,8 +1399,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'madewithml.service._ServedModel._poll': ('service.html#_servedmodel._poll', 'madewithml/service.py'),
                                     'madewithml.service._ServedModel.close': ('service.html#_servedmodel.close', 'madewithml/service.py'),
                                     'madewithml.service._ServedModel.engine': ('service.html#_servedmodel.engine', 'madewithml/service.py'),
-                                    'madewithml.service._ServedModel.release_activations': ( 'service.html#_servedmodel.release_activations',
-                                                                                             'madewithml/service.py'),
                                     'madewithml.service._add_error_handlers': ('service.html#_add_error_handlers', 'madewithml/service.py'),
                                     'madewithml.service._add_prediction_routes': ( 'service.html#_add_prediction_routes',
                                                                                    'madewithml/service.py'),

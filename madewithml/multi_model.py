@@ -134,7 +134,8 @@ class MultiModelApp:
         lower_thread_priority(10)
         while not self._stop.wait(self.config.poll_interval_s):
             for loaded in self.pool.loaded().values():
-                loaded.service.release_activations()
+                if engine := loaded.service.versions.engine:  # None: dropped meanwhile
+                    engine.runtime.release_activations()
                 if loaded.service.config.follows_alias:
                     loaded.service.versions.try_refresh()
             return_free_memory()

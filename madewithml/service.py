@@ -277,11 +277,6 @@ class _ServedModel:
         if engine is None: raise RuntimeError("No model is loaded.")
         return engine
 
-    def release_activations(self) -> None:
-        "Frees the buffers of a model that does not compute at the moment."
-        if engine := self.versions.engine:  # none after the service was closed
-            engine.runtime.release_activations()
-
     def _poll(self) -> None:
         "Polls the aliases and loads new versions, at a low priority."
         lower_thread_priority(10)
