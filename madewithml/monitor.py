@@ -29,7 +29,7 @@ from .drift import (chi2_permutation_test, domain_classifier, fisher_greater_tes
 from .drift_reference import (UNKNOWN_LANGUAGE, Reference, RowFeatures,
                                         document_frequency, extract_features,
                                         get_or_create_reference)
-from .evaluate import bootstrap_f1_interval, classification_metrics
+from .metrics import bootstrap_f1_interval, classification_metrics
 from .prediction_log import SCHEMA
 from .registry import resolve_alias
 from .schemas import (MIN_WINDOW_ROWS, BinnedDistribution, DriftedExample,
