@@ -13,7 +13,8 @@ import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from madewithml.data import build_texts, read_labeled_table, read_table
-from madewithml.evaluate import baseline_f1, classification_metrics
+from madewithml.evaluate import baseline_f1
+from madewithml.metrics import classification_metrics
 
 FOLDER = Path(__file__).parent
 MAX_JACCARD = 0.8  # of the token sets of two texts

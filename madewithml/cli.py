@@ -468,9 +468,9 @@ def promote(
                             behavior_loc=behavior_loc)
     typer.echo(gate_table(results).to_string())
     results = follow_promotion(results)
-    shown = {"version": results.challenger.version, "decision": results.decision}
-    if results.champion:
-        shown["f1_difference"] = results.f1_difference
+    shown: dict[str, Any] = {"version": results.challenger.version, "decision": results.decision}
+    if results.difference:
+        shown[f"{results.challenger.overall.primary}_difference"] = results.difference.value
     _write_results(results, results_fp, shown)
     require_promotion(results)
 

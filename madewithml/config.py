@@ -644,19 +644,20 @@ class CanaryPolicy(Options):
 # %% ../nbs/00_config.ipynb #5cc34d5f
 class PromotionPolicy(Options):
     "Limits that a challenger must keep, the fields of the YAML file `promote --policy`."
-    min_f1: float = Field(0.0, ge=0, le=1, description="minimum weighted F1")
-    max_f1_drop: float = Field(0.01, ge=0, le=1,
-        description="maximum drop of weighted F1 below the champion's")
-    max_class_f1_drop: float = Field(0.05, ge=0, le=1,
-        description="maximum drop of a class's F1 below the champion's")
-    max_slice_f1_drop: float = Field(0.1, ge=0, le=1,
-        description="maximum drop of a slice's weighted F1 below the champion's")
+    min_metric: float = Field(0.0, ge=0, le=1,
+        description="minimum of the primary metric (weighted F1)")
+    max_metric_drop: float = Field(0.01, ge=0, le=1,
+        description="maximum drop of the primary metric below the champion's")
+    max_class_metric_drop: float = Field(0.05, ge=0, le=1,
+        description="maximum drop of a class's primary metric below the champion's")
+    max_slice_metric_drop: float = Field(0.1, ge=0, le=1,
+        description="maximum drop of a slice's primary metric below the champion's")
     min_group_rows: int = Field(20, ge=1,
         description="minimum rows of a class or slice; smaller ones are not compared")
     max_new_behavior_failures: int = Field(0, ge=0,
         description="maximum behavioral tests that fail and that the champion passes")
     max_calibration_increase: float = Field(0.05, ge=0, le=1,
-        description="maximum increase of the expected calibration error over the champion's")
+        description="maximum increase of the calibration error over the champion's")
     max_p99_ms: float = Field(100, gt=0,
         description="maximum 99th percentile of the latency of one text, in ms")
     max_p99_latency_ratio: float = Field(2.5, gt=0,

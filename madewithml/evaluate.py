@@ -28,7 +28,8 @@ from madewithml.metrics import (
     bootstrap_f1_interval, calibration_bins, classification_metrics, expected_calibration_error,
     per_class_metrics)
 from .schemas import (
-    BehavioralTestResult, CalibrationBin, EvaluateResults, Misclassification, OverallMetrics)
+    BehavioralTestResult, CalibrationBin, EvaluateResults, Misclassification,
+    OverallClassificationMetrics)
 from .tables import companion_file, table_hash
 from .tracking import fetch_checkpoint, get_run
 from .utils import run_command
@@ -251,18 +252,17 @@ def _read_training_rows(run_id: str, train_loc: str|Path) -> pd.DataFrame:
     return stratified_sample(rows, ast.literal_eval(params["num_samples"]), int(params["seed"]))
 
 # %% ../nbs/30_evaluate.ipynb #470cd67a
-def _overall_metrics(ids: np.ndarray, probabilities: np.ndarray,
-                     bins: list[CalibrationBin]) -> OverallMetrics:
+def _overall_metrics(labels: np.ndarray, predicted: np.ndarray,
+                     bins: list[CalibrationBin]) -> OverallClassificationMetrics:
     "Weighted and macro scores, the interval of F1, accuracy and calibration error."
-    predicted = probabilities.argmax(1)
-    weighted = classification_metrics(ids, predicted)
-    macro = classification_metrics(ids, predicted, "macro")
-    f1_low, f1_high = bootstrap_f1_interval(ids, predicted)
-    return OverallMetrics(
-        **weighted.model_dump(), accuracy=(predicted == ids).mean(),
+    weighted = classification_metrics(labels, predicted)
+    macro = classification_metrics(labels, predicted, "macro")
+    low, high = bootstrap_f1_interval(labels, predicted)
+    return OverallClassificationMetrics(
+        **weighted.model_dump(), accuracy=(predicted == labels).mean(),
         macro_precision=macro.precision, macro_recall=macro.recall, macro_f1=macro.f1,
-        f1_low=f1_low, f1_high=f1_high,
-        expected_calibration_error=expected_calibration_error(bins))
+        low=low, high=high, calibration_error=expected_calibration_error(bins))
+
 
 # %% ../nbs/30_evaluate.ipynb #470cd67b
 def evaluate_predictions(
@@ -282,7 +282,6 @@ def evaluate_predictions(
     if unknown:
         raise UserError(f"The table has a label the model does not know: {str(unknown[0])!r} "
                         f"(known: {', '.join(names)}).")
-    ids = np.array([names.index(label) for label in labels])
     predicted = np.array(names)[probabilities.argmax(1)]
     confidence = probabilities.max(1)
     correct = predicted == labels
@@ -292,7 +291,7 @@ def evaluate_predictions(
              for name, predicate in (SLICES if slices is None else slices).items()}
     errors = sorted(np.flatnonzero(~correct), key=lambda i: -confidence[i])[:max_mistakes]
     return {
-        "overall": _overall_metrics(ids, probabilities, bins),
+        "overall": _overall_metrics(labels, predicted, bins),
         "per_class": per_class_metrics(labels, predicted, names),
         "slices": {name: classification_metrics(labels[mask], predicted[mask])
                    for name, mask in masks.items() if mask.any() or name not in _GENERAL},
@@ -320,7 +319,7 @@ def evaluate_model(
     parts = evaluate_predictions(
         rows, engine.predict_proba(build_texts(rows)), engine.labels, general | own_slices)
     if train_loc is not None:
-        parts["overall"].baseline_f1 = baseline_f1(_read_training_rows(run_id, train_loc), rows)
+        parts["overall"].baseline = baseline_f1(_read_training_rows(run_id, train_loc), rows)
     cases = load_behavioral_tests(dataset_loc, behavior_loc)
     return EvaluateResults(
         run_id=run_id, dataset_loc=str(dataset_loc), dataset_digest=table_hash(dataset_loc),

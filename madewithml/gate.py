@@ -6,10 +6,12 @@
 __all__ = ['evaluate_gate', 'gate_table', 'require_good_canary', 'require_promotion']
 
 # %% ../nbs/41_gate.ipynb #23901da6
+from collections.abc import Mapping
+
 import pandas as pd
 
 from .config import CheckFailed, PromotionPolicy
-from .schemas import (CanaryResults, CandidateMetrics, ClassificationMetrics, PolicyCheck,
+from .schemas import (CanaryResults, CandidateMetrics, Metrics, PolicyCheck,
                                 PromoteResults)
 
 # %% ../nbs/41_gate.ipynb #45377c9d
@@ -23,20 +25,21 @@ def _at_most(name: str, new: float, old: float|None, limit: float) -> PolicyChec
 
 def _absolute_checks(challenger: CandidateMetrics, policy: PromotionPolicy) -> list[PolicyCheck]:
     "The checks of a first champion."
-    return [_at_least("weighted F1", challenger.overall.f1, None, policy.min_f1),
+    overall = challenger.overall
+    return [_at_least(overall.title, overall.value, None, policy.min_metric),
             _at_most("p99 latency, ms", challenger.p99_ms, None, policy.max_p99_ms)]
 
 # %% ../nbs/41_gate.ipynb #f719ab4a
-_Groups = dict[str, ClassificationMetrics]
+_Groups = Mapping[str, Metrics]
 
 def _group_checks(kind: str, new: _Groups, old: _Groups, max_drop: float,
                   min_rows: int) -> list[PolicyCheck]:
-    "F1 of each class or slice that has enough rows."
+    "The primary metric of each class or slice that has enough rows."
     checks = []
     for name, metrics in old.items():
         if name in new and metrics.num_samples >= min_rows:
-            limit = metrics.f1 - max_drop
-            checks.append(_at_least(f"F1 of {kind} {name}", new[name].f1, metrics.f1, limit))
+            title, limit = f"{metrics.title} of {kind} {name}", metrics.value - max_drop
+            checks.append(_at_least(title, new[name].value, metrics.value, limit))
     return checks
 
 def _failed_tests(candidate: CandidateMetrics) -> set[tuple[str, str, str]]:
@@ -51,21 +54,20 @@ def evaluate_gate(
     "One check for each limit of the policy; without a champion only the absolute limits."
     if champion is None: return _absolute_checks(challenger, policy)
     new, old = challenger.overall, champion.overall
-    min_f1 = max(policy.min_f1, old.f1 - policy.max_f1_drop)
+    min_metric = max(policy.min_metric, old.value - policy.max_metric_drop)
     max_p50 = champion.p50_ms * policy.max_p50_latency_ratio
     max_p99 = min(policy.max_p99_ms, champion.p99_ms * policy.max_p99_latency_ratio)
-    max_error = old.expected_calibration_error + policy.max_calibration_increase
+    max_error = old.calibration_error + policy.max_calibration_increase
     newly_failing = len(_failed_tests(challenger) - _failed_tests(champion))
     return [
-        _at_least("weighted F1", new.f1, old.f1, min_f1),
+        _at_least(old.title, new.value, old.value, min_metric),
         _at_most("p99 latency, ms", challenger.p99_ms, champion.p99_ms, max_p99),
         _at_most("median latency, ms", challenger.p50_ms, champion.p50_ms, max_p50),
         *_group_checks("class", challenger.per_class, champion.per_class,
-                       policy.max_class_f1_drop, policy.min_group_rows),
+                       policy.max_class_metric_drop, policy.min_group_rows),
         *_group_checks("slice", challenger.slices, champion.slices,
-                       policy.max_slice_f1_drop, policy.min_group_rows),
-        _at_most("calibration error", new.expected_calibration_error,
-                 old.expected_calibration_error, max_error),
+                       policy.max_slice_metric_drop, policy.min_group_rows),
+        _at_most("calibration error", new.calibration_error, old.calibration_error, max_error),
         _at_most("size, MB", challenger.size_mb, champion.size_mb,
                  champion.size_mb * policy.max_size_ratio),
         _at_most("behavioral tests newly failing", newly_failing, 0,

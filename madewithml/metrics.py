@@ -10,7 +10,7 @@ __all__ = ['classification_metrics', 'per_class_metrics', 'weighted_f1', 'bootst
 import numpy as np
 from scipy.sparse import csr_array
 
-from .schemas import CalibrationBin, ClassificationMetrics
+from .schemas import CalibrationBin, ClassificationMetrics, MetricDifference
 
 # %% ../nbs/15_metrics.ipynb #808716d9
 def classification_metrics(
@@ -62,6 +62,11 @@ def weighted_f1(
     return (f1 * support).sum(1) / support.sum(1)
 
 # %% ../nbs/15_metrics.ipynb #780c58a6
+def _as_ids(*arrays: np.ndarray) -> list[np.ndarray]:
+    "The labels as numbers, the same in each array."
+    ids = np.unique(np.concatenate(arrays), return_inverse=True)[1]
+    return np.split(ids, len(arrays))
+
 def _cells_with_prior(labels: np.ndarray, predicted: np.ndarray
                       ) -> tuple[np.ndarray, np.ndarray]:
     "Cells of the confusion matrix, (2, cells), and their rows, with a prior of one row."
@@ -77,17 +82,18 @@ def _cells_with_prior(labels: np.ndarray, predicted: np.ndarray
 
 # %% ../nbs/15_metrics.ipynb #780c58a7
 def bootstrap_f1_interval(
-    labels:np.ndarray, # label id of each row
-    predicted:np.ndarray, # predicted id of each row
+    labels:np.ndarray, # true label of each row
+    predicted:np.ndarray, # predicted label of each row
     draws:int=2000, # of the weights
     seed:int=0, # of the draws
 ) -> tuple[float, float]:
     "95 % interval of the weighted F1, by the Bayesian bootstrap."
-    cells, counts = _cells_with_prior(labels, predicted)
+    ids = np.stack(_as_ids(labels, predicted))
+    cells, counts = _cells_with_prior(*ids)
     weights = np.random.default_rng(seed).dirichlet(counts, size=draws) * len(labels)
     low, high = np.quantile(weighted_f1(weights, *cells), [0.025, 0.975])
-    ids, observed = np.unique(np.stack([labels, predicted]), axis=1, return_counts=True)
-    f1 = weighted_f1(observed[None], *ids)[0]
+    observed, counts = np.unique(ids, axis=1, return_counts=True)
+    f1 = weighted_f1(counts[None], *observed)[0]
     return float(min(low, f1)), float(max(high, f1))
 
 # %% ../nbs/15_metrics.ipynb #47768f5a
@@ -107,25 +113,26 @@ def _paired_cells_with_prior(labels: np.ndarray, new: np.ndarray, old: np.ndarra
     return cells, np.bincount(inverse.ravel(), weights)
 
 def paired_f1_difference(
-    labels:np.ndarray, # label id of each row
-    new:np.ndarray, # label id that the challenger predicted, each row
-    old:np.ndarray, # label id that the champion predicted, each row
+    labels:np.ndarray, # true label of each row
+    new:np.ndarray, # label that the challenger predicted, each row
+    old:np.ndarray, # label that the champion predicted, each row
     draws:int=2000, # of the weights
     seed:int=0, # of the draws
-) -> tuple[float, float, float]:
-    """Weighted F1 of `new` minus `old`, and the ends of its 95 % interval.
+) -> MetricDifference:
+    """Weighted F1 of `new` minus `old`, with its 95 % interval.
 
     A paired Bayesian bootstrap with a prior. Source: Rubin, The Bayesian Bootstrap, 1981."""
     def difference(weights: np.ndarray, cells: np.ndarray) -> np.ndarray:
         truth, first, second = cells
         return weighted_f1(weights, truth, first) - weighted_f1(weights, truth, second)
 
-    cells, counts = _paired_cells_with_prior(labels, new, old)
+    ids = np.stack(_as_ids(labels, new, old))
+    cells, counts = _paired_cells_with_prior(*ids)
     weights = np.random.default_rng(seed).dirichlet(counts, size=draws) * len(labels)
     low, high = np.quantile(difference(weights, cells), [0.025, 0.975])
-    observed, counts = np.unique(np.stack([labels, new, old]), axis=1, return_counts=True)
+    observed, counts = np.unique(ids, axis=1, return_counts=True)
     point = difference(counts[None], observed)[0]
-    return float(point), float(min(low, point)), float(max(high, point))
+    return MetricDifference(value=point, low=min(low, point), high=max(high, point))
 
 # %% ../nbs/15_metrics.ipynb #0a182b8d
 def calibration_bins(

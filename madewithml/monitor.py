@@ -382,12 +382,10 @@ def _labeled_holdout(reference: Reference) -> tuple[np.ndarray, np.ndarray, np.n
     return truth, reference.predict(is_labeled), probabilities.max(1)
 
 # %% ../nbs/62_monitor.ipynb #87b3e9d3
-def _f1_with_interval(truth: np.ndarray, predicted: np.ndarray,
-                      names: list[str]) -> tuple[float, float, float]:
+def _f1_with_interval(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, float, float]:
     "Weighted F1 and its bootstrap interval."
-    truth_ids, predicted_ids = np.searchsorted(names, truth), np.searchsorted(names, predicted)
-    low, high = bootstrap_f1_interval(truth_ids, predicted_ids)
-    return classification_metrics(truth, predicted).f1, low, high
+    return classification_metrics(truth, predicted).f1, *bootstrap_f1_interval(truth, predicted)
+
 
 # %% ../nbs/62_monitor.ipynb #448a2688
 def realized_performance(
@@ -398,14 +396,13 @@ def realized_performance(
     "Weighted F1 on the window against the holdout's; None for too few rows on either side."
     base_truth, base_predicted, _ = _labeled_holdout(reference)
     if len(predicted) < MIN_WINDOW_ROWS or not len(base_truth): return None
-    names = sorted({*predicted, *truth, *base_predicted, *reference.labels})
-    value, low, high = _f1_with_interval(truth, predicted, names)
-    base, base_low, _ = _f1_with_interval(base_truth, base_predicted, names)
+    value, low, high = _f1_with_interval(truth, predicted)
+    base, base_low, _ = _f1_with_interval(base_truth, base_predicted)
     # Source: Zou and Donner, Statistics in Medicine 27, 2008
     has_dropped = base - value > np.hypot(high - value, base - base_low)
-    return PerformanceEstimate(source="labels", metric="f1", value=value, low=min(low, value),
-                               high=max(high, value), reference=base,
-                               num_samples=len(predicted), alarm=bool(has_dropped))
+    return PerformanceEstimate(source="labels", metric="weighted F1", value=value, low=low,
+                               high=high, reference=base, num_samples=len(predicted),
+                               alarm=bool(has_dropped))
 
 # %% ../nbs/62_monitor.ipynb #f1d7d3ba
 def _accuracy_by_bin(bins: np.ndarray, is_correct: np.ndarray,

@@ -181,7 +181,7 @@ def plot_reliability(
     for each in bins:
         axis.annotate(each.num_samples, (each.confidence, each.accuracy), fontsize=8,
                       textcoords="offset points", xytext=(6, -10))
-    error = results.overall.expected_calibration_error
+    error = results.overall.calibration_error
     axis.set(xlim=(0, 1.02), ylim=(0, 1.05), xlabel="mean confidence", ylabel="accuracy",
              title=f"calibration error {error:.3f}")
     axis.legend()
@@ -192,7 +192,7 @@ def plot_reliability(
 def plot_comparison(
     results:PromoteResults, # of a promotion
 ) -> plt.Figure:
-    "F1 of challenger and champion, overall and by class and slice; empty without a champion."
+    "Metric of both versions, overall and by class and slice; empty without a champion."
     figure, axis = plt.subplots(figsize=(6, 3.2))
     champion = results.champion
     if champion is None: return figure
@@ -201,15 +201,16 @@ def plot_comparison(
     new = {"all rows": challenger.overall} | challenger.per_class | challenger.slices
     names = [name for name in reversed(old) if old[name].num_samples]
     positions = range(len(names))
-    old_f1 = [old[name].f1 for name in names]
-    new_f1 = [new[name].f1 for name in names]
-    axis.hlines(positions, old_f1, new_f1, color=NEUTRAL, linewidth=1.5, zorder=1)
-    axis.scatter(old_f1, positions, color=NEUTRAL, marker="s", zorder=2,
+    old_values = [old[name].value for name in names]
+    new_values = [new[name].value for name in names]
+    axis.hlines(positions, old_values, new_values, color=NEUTRAL, linewidth=1.5, zorder=1)
+    axis.scatter(old_values, positions, color=NEUTRAL, marker="s", zorder=2,
                  label=f"champion, version {champion.version}")
-    axis.scatter(new_f1, positions, color=PALETTE[0], zorder=3,
+    axis.scatter(new_values, positions, color=PALETTE[0], zorder=3,
                  label=f"challenger, version {challenger.version}")
     labels = [f"{name} ({old[name].num_samples})" for name in names]
-    axis.set(yticks=positions, yticklabels=_literal(labels), xlabel="F1 (rows in brackets)")
+    axis.set(yticks=positions, yticklabels=_literal(labels),
+             xlabel=f"{old[names[0]].title} (rows in brackets)")
     axis.legend(fontsize=8)
     return figure
 

@@ -9,7 +9,6 @@ __all__ = ['measure_latency', 'evaluate_candidates', 'promote_model', 'follow_pr
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np, pandas as pd
 
@@ -23,7 +22,7 @@ from .evaluate import (evaluate_predictions, general_slices, load_behavioral_tes
 from .gate import evaluate_gate
 from .metrics import paired_f1_difference
 from .registry import alias_lock, get_aliases, promote_version, resolve_alias
-from .schemas import CandidateMetrics, PolicyCheck, PromoteResults
+from .schemas import CandidateMetrics, MetricDifference, PolicyCheck, PromoteResults
 from .tables import open_table, table_hash
 from .tracking import current_user, fetch_checkpoint, mlflow_client
 from .utils import run_command
@@ -104,18 +103,16 @@ def _decide(checks: list[PolicyCheck], force: bool, in_steps: bool) -> str:
     return "canary" if in_steps else "promoted"
 
 # %% ../nbs/44_promotion.ipynb #6cd59797
-def _f1_difference(rows: pd.DataFrame, predictions: list[np.ndarray]) -> dict[str, Any]:
-    "The paired difference as fields of `PromoteResults`; empty without a champion."
-    if len(predictions) < 2: return {}
+def _metric_difference(rows: pd.DataFrame, predictions: list[np.ndarray]) -> MetricDifference|None:
+    "The paired difference; None without a champion."
+    if len(predictions) < 2: return None
     labels = rows[get_settings().label_column].to_numpy(dtype=str)
-    names = sorted({*labels, *predictions[0], *predictions[1]})
-    truth, first, second = (np.searchsorted(names, values) for values in (labels, *predictions))
-    fields = ("f1_difference", "f1_difference_low", "f1_difference_high")
-    return dict(zip(fields, paired_f1_difference(truth, first, second), strict=True))
+    return paired_f1_difference(labels, predictions[0], predictions[1])
+
 
 # %% ../nbs/44_promotion.ipynb #f8b31d38
 _TAG_FIELDS = {"timestamp", "decision", "by", "reason", "dataset_loc", "dataset_digest", "policy",
-               "checks", "f1_difference", "f1_difference_low", "f1_difference_high"}
+               "checks", "difference"}
 
 def _apply_decision(results: PromoteResults, aliases: dict[str, int],
                     steps: CanaryPolicy|None) -> None:
@@ -179,7 +176,7 @@ def promote_model(
         reason=reason if decision == "forced" else "", dataset_loc=str(dataset_loc),
         dataset_digest=table_hash(dataset_loc), policy=policy.model_dump(mode="json"),
         checks=checks, challenger=challenger, champion=champion,
-        **_f1_difference(rows, predictions))
+        difference=_metric_difference(rows, predictions))
     _apply_decision(results, aliases, policy.canary)
     return results
 

@@ -9,13 +9,14 @@ __all__ = ['SECONDS_FILE', 'escape_cell', 'markdown_table', 'get_results', 'gate
 # %% ../nbs/70_report.ipynb #1fae3bea
 import json, re
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 from .config import UserError
 from .schemas import (
-    RESULT_SCHEMAS, BaseResults, CanaryLook, CanaryResults, ClassificationMetrics, EvaluateResults,
+    RESULT_SCHEMAS, BaseResults, CanaryLook, CanaryResults, EvaluateResults, Metrics,
     MonitorResults, PolicyCheck, PredictResults, PromoteResults, RegisterResults, TrainResults,
     ValidateResults, performance_line, read_results, window_line)
 from .utils import get_logger, run_command, shorten, write_json
@@ -59,58 +60,57 @@ def _comparison_cells(value: float, previous: float) -> list[str]:
 # %% ../nbs/70_report.ipynb #9a25b664
 def _headline_facts(results: EvaluateResults, previous: EvaluateResults|None) -> str:
     now = results.overall
-    facts = [f"**F1 {now.f1:.3f}** (95 % interval {now.f1_low:.3f} to {now.f1_high:.3f}) "
-             f"on {now.num_samples} rows."]
-    if now.baseline_f1 is not None:
-        facts.append(f"TF-IDF + logistic regression reaches {now.baseline_f1:.3f} "
-                     "on the same rows.")
-        if now.baseline_f1 > now.f1:
+    facts = [f"**{now.heading} {now.value:.3f}** (95 % interval {now.low:.3f} to "
+             f"{now.high:.3f}) on {now.num_samples} rows."]
+    if now.baseline is not None:
+        facts.append(f"TF-IDF + logistic regression reaches {now.baseline:.3f} on the same rows.")
+        if now.baseline > now.value:
             facts.append("The model is below it: more epochs may help, or an encoder made for the "
                          "language and the length of these texts (`--encoder`).")
     if results.behavior:
         passed = sum(test.success for test in results.behavior)
         facts.append(f"Behavioral tests: {passed} of {len(results.behavior)} passed.")
-    if previous and now.f1_low <= previous.overall.f1 <= now.f1_high:
-        facts.append("The compared run's F1 is within this interval: the difference may be chance.")
+    if previous and now.low <= previous.overall.value <= now.high:
+        facts.append(f"The compared run's {now.title} is within this interval: the difference may "
+                     "be chance.")
     return " ".join(facts)
-
-_OVERALL = {"weighted F1": "f1", "accuracy": "accuracy", "macro F1": "macro_f1",
-            "calibration error": "expected_calibration_error"}
 
 def _headline(results: EvaluateResults, previous: EvaluateResults|None,
               previous_name: str) -> str:
-    "F1 in a sentence, and a table of the overall metrics."
+    "The primary metric in a sentence, and a table of the overall metrics."
     header = ["", "this run", *_comparison_header(previous, previous_name)]
     rows = []
-    for name, field in _OVERALL.items():
+    for field, title in results.overall.titles.items():
         value = getattr(results.overall, field)
-        row = [name, f"{value:.3f}"]
+        row = [title, f"{value:.3f}"]
         if previous:
             row += _comparison_cells(value, getattr(previous.overall, field))
         rows.append(row)
     return _headline_facts(results, previous) + "\n\n" + markdown_table(header, rows)
 
 # %% ../nbs/70_report.ipynb #a1c44696
-_Groups = dict[str, ClassificationMetrics]
+_Groups = Mapping[str, Metrics]
 _MAX_GROUPS = 30
 
 def _group_table(kind: str, groups: _Groups, previous: _Groups, previous_name: str) -> str:
-    "Precision, recall and F1 of each class or slice that has rows; of many, the lowest F1."
+    "Metrics of each class or slice that has rows; of many, those with the lowest."
     comparison = _comparison_header(previous, previous_name)
     rows = []
     filled = {name: now for name, now in groups.items() if now.num_samples}
+    if not filled: return ""
+    first = next(iter(filled.values()))
     if len(filled) > _MAX_GROUPS:
-        filled = dict(sorted(filled.items(), key=lambda item: item[1].f1)[:_MAX_GROUPS])
+        filled = dict(sorted(filled.items(), key=lambda item: item[1].value)[:_MAX_GROUPS])
     for name, now in filled.items():
-        row = [name, f"{now.precision:.3f}", f"{now.recall:.3f}", f"{now.f1:.3f}"]
+        row = [name, *(f"{getattr(now, field):.3f}" for field in now.titles)]
         if name in previous:
-            row += _comparison_cells(now.f1, previous[name].f1)
+            row += _comparison_cells(now.value, previous[name].value)
         elif previous:
             row += ["", ""]
         rows.append([*row, now.num_samples])
-    table = markdown_table([kind, "precision", "recall", "F1", *comparison, "rows"], rows)
+    table = markdown_table([kind, *first.titles.values(), *comparison, "rows"], rows)
     left_out = sum(now.num_samples > 0 for now in groups.values()) - len(rows)
-    return f"{table}\n\n{left_out} more with a higher F1." if left_out else table
+    return f"{table}\n\n{left_out} more with a higher {first.title}." if left_out else table
 
 # %% ../nbs/70_report.ipynb #3f6cecb9
 _SLICE_MEANINGS = {
@@ -240,7 +240,7 @@ def _canary(results: CanaryResults) -> str:
 
 # %% ../nbs/70_report.ipynb #8525af6a
 def _promotion(results: PromoteResults) -> str:
-    "The decision, the paired difference in F1 and all checks."
+    "The decision, the paired difference and all checks."
     champion = "without a champion to compare with"
     if results.champion:
         champion = f"compared with champion version {results.champion.version}"
@@ -248,9 +248,10 @@ def _promotion(results: PromoteResults) -> str:
              f"by {escape_cell(results.by)}."]
     if results.reason:
         lines.append(f"Reason: {escape_cell(results.reason)}.")
-    if results.champion:
-        interval = f"{results.f1_difference_low:+.3f} to {results.f1_difference_high:+.3f}"
-        lines.append(f"F1 {results.f1_difference:+.3f} (95 % interval {interval}, paired).")
+    if difference := results.difference:
+        interval = f"{difference.low:+.3f} to {difference.high:+.3f}"
+        title = results.challenger.overall.heading
+        lines.append(f"{title} {difference.value:+.3f} (95 % interval {interval}, paired).")
     return " ".join(lines) + "\n\n" + gate_markdown(results.checks)
 
 # %% ../nbs/70_report.ipynb #71cd0e6a

@@ -144,10 +144,10 @@ def promotion_outcome(
         retry = "Only its latency failed, so its new rows are tried again after the cooldown."
         return RetrainOutcome("rejected", f"{error} {retry}", "accepted")
     comparison = ""
-    if results.champion:
-        interval = f"{results.f1_difference_low:+.3f} to {results.f1_difference_high:+.3f}"
-        comparison = (f", weighted F1 {results.f1_difference:+.3f} ({interval}) against version "
-                      f"{results.champion.version}")
+    if results.champion and (difference := results.difference):
+        interval = f"{difference.low:+.3f} to {difference.high:+.3f}"
+        comparison = (f", {results.challenger.overall.title} {difference.value:+.3f} ({interval}) "
+                      f"against version {results.champion.version}")
     description = f"Version {results.challenger.version} is the champion{comparison}."
     return RetrainOutcome("promoted", description, "merged")
 

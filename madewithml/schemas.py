@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['Severity', 'MIN_WINDOW_ROWS', 'RESULT_SCHEMAS', 'StrictModel', 'BaseResults', 'ExpectationResult', 'ValidateResults',
-           'EpochMetrics', 'Repair', 'TrainResults', 'Trial', 'TuneResults', 'ClassificationMetrics', 'OverallMetrics',
-           'CalibrationBin', 'BehavioralTestResult', 'Misclassification', 'EvaluateResults', 'PredictResults',
-           'RegisterResults', 'CandidateMetrics', 'PolicyCheck', 'CanaryCheck', 'CanaryLook', 'CanaryResults',
-           'PromoteResults', 'DriftTestResult', 'PerformanceEstimate', 'BinnedDistribution', 'DriftedExample',
-           'DriftExplanation', 'MonitorResults', 'TriggerResults', 'IngestResult', 'window_line', 'performance_line',
-           'write_results', 'read_results']
+           'EpochMetrics', 'Repair', 'TrainResults', 'Trial', 'TuneResults', 'Metrics', 'OverallMetrics',
+           'ClassificationMetrics', 'OverallClassificationMetrics', 'CalibrationBin', 'BehavioralTestResult',
+           'Misclassification', 'EvaluateResults', 'PredictResults', 'RegisterResults', 'CandidateMetrics',
+           'PolicyCheck', 'CanaryCheck', 'CanaryLook', 'CanaryResults', 'MetricDifference', 'PromoteResults',
+           'DriftTestResult', 'PerformanceEstimate', 'BinnedDistribution', 'DriftedExample', 'DriftExplanation',
+           'MonitorResults', 'TriggerResults', 'IngestResult', 'window_line', 'performance_line', 'write_results',
+           'read_results']
 
 # %% ../nbs/02_schemas.ipynb #83835c0b
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -127,27 +128,57 @@ class TuneResults(BaseResults):
         description="share of the validation loss's variance that each hyperparameter explains "
                     "(fANOVA), scaled to sum to 1")
 
+# %% ../nbs/02_schemas.ipynb #9cc14cbf
+class Metrics(StrictModel):
+    "Metrics of a set of rows. The primary one selects and gates."
+    primary: ClassVar[str]            # its field; higher is better
+    titles: ClassVar[dict[str, str]]  # of the fields that reports show, in this order
+    num_samples: int = Field(ge=0)
+
+    @property
+    def value(self) -> float:
+        "The primary metric."
+        return getattr(self, self.primary)
+
+    @property
+    def title(self) -> str:
+        "What reports call the primary metric."
+        return self.titles[self.primary]
+
+    @property
+    def heading(self) -> str:
+        "The same at the beginning of a sentence."
+        return self.title[0].upper() + self.title[1:]
+
+class OverallMetrics(Metrics):
+    "What the metrics of a whole table have besides."
+    low: float = Field(le=1, description="lower end of the primary metric's 95 % interval")
+    high: float = Field(le=1, description="upper end")
+    baseline: float | None = Field(None, le=1,
+        description="primary metric of a simple model on the same rows")
+    calibration_error: float = Field(ge=0, le=1,
+        description="mean difference of stated and observed frequencies")
+
 # %% ../nbs/02_schemas.ipynb #d874558f
-class ClassificationMetrics(StrictModel):
+class ClassificationMetrics(Metrics):
     "Precision, recall and F1 of a set of rows."
+    primary = "f1"
+    titles = {"precision": "precision", "recall": "recall", "f1": "F1"}
     precision: float = Field(ge=0, le=1)
     recall: float = Field(ge=0, le=1)
     f1: float = Field(ge=0, le=1)
-    num_samples: int = Field(ge=0)
+
 
 # %% ../nbs/02_schemas.ipynb #a46ce2ba
-class OverallMetrics(ClassificationMetrics):
+class OverallClassificationMetrics(ClassificationMetrics, OverallMetrics):
     "Metrics of a whole table; precision, recall and f1 are weighted by class size."
+    titles = {"f1": "weighted F1", "accuracy": "accuracy", "macro_f1": "macro F1",
+              "calibration_error": "calibration error"}
     accuracy: float = Field(ge=0, le=1)
     macro_precision: float = Field(ge=0, le=1)
     macro_recall: float = Field(ge=0, le=1)
     macro_f1: float = Field(ge=0, le=1)
-    f1_low: float = Field(ge=0, le=1, description="lower end of the 95 % bootstrap interval of f1")
-    f1_high: float = Field(ge=0, le=1, description="upper end of the 95 % bootstrap interval of f1")
-    expected_calibration_error: float = Field(
-        ge=0, le=1, description="mean difference of confidence and accuracy")
-    baseline_f1: float | None = Field(None, ge=0, le=1,
-        description="weighted F1 of TF-IDF + logistic regression on the same rows")
+
 
 # %% ../nbs/02_schemas.ipynb #0b4652fe
 class CalibrationBin(StrictModel):
@@ -183,7 +214,7 @@ class EvaluateResults(BaseResults):
     run_id: str
     dataset_loc: str
     dataset_digest: str
-    overall: OverallMetrics
+    overall: OverallClassificationMetrics
     per_class: dict[str, ClassificationMetrics]
     slices: dict[str, ClassificationMetrics]
     confusion: list[list[int]] = Field(
@@ -217,7 +248,7 @@ class CandidateMetrics(StrictModel):
     "Metrics of one model version, measured before the decision."
     version: int = Field(description="of the registered model")
     run_id: str = Field(description="MLflow run that trained it")
-    overall: OverallMetrics
+    overall: OverallClassificationMetrics
     per_class: dict[str, ClassificationMetrics]
     slices: dict[str, ClassificationMetrics]
     behavior: list[BehavioralTestResult]
@@ -265,6 +296,13 @@ class CanaryResults(BaseResults):
     looks: list[CanaryLook] = []
 
 # %% ../nbs/02_schemas.ipynb #6274244a
+class MetricDifference(StrictModel):
+    "Primary metric of the challenger minus the champion's, on the same rows."
+    value: float
+    low: float = Field(
+        description="lower end of its 95 % interval (paired Bayesian bootstrap)")
+    high: float = Field(description="upper end")
+
 class PromoteResults(BaseResults):
     "Results of the workload `promote`."
     model_name: str
@@ -278,10 +316,7 @@ class PromoteResults(BaseResults):
     challenger: CandidateMetrics
     champion: CandidateMetrics | None = Field(
         None, description="version it was compared with; null for a first champion")
-    f1_difference: float = Field(0, description="weighted F1 of challenger minus champion")
-    f1_difference_low: float = Field(
-        0, description="lower end of its 95 % interval (paired Bayesian bootstrap)")
-    f1_difference_high: float = Field(0, description="upper end")
+    difference: MetricDifference | None = Field(None, description="null without a champion")
     canary: CanaryResults | None = Field(
         None, description="how it reached users; null: at once")
 
@@ -308,8 +343,8 @@ class PerformanceEstimate(StrictModel):
     "Performance of the champion on the window."
     source: Literal["labels", "estimate"] = Field(
         description="delayed labels, or calibrated confidence without labels")
-    metric: Literal["f1", "accuracy"] = Field(
-        description="weighted F1 from labels; accuracy from confidence")
+    metric: str = Field(
+        description="what reports call it: the primary metric from labels, or 'accuracy'")
     value: float = Field(ge=0, le=1)
     low: float = Field(ge=0, le=1, description="lower end of its 95 % interval")
     high: float = Field(ge=0, le=1, description="upper end")
@@ -419,12 +454,12 @@ def performance_line(
     "Performance in the window with its interval, and on the holdout."
     estimate = results.performance
     if estimate is None: return "performance: unknown"
-    metric = "accuracy estimated from confidence, without labels"
-    if estimate.source == "labels":
-        metric = "weighted F1 from labels"
+    is_labeled = estimate.source == "labels"
+    origin = "from labels" if is_labeled else "estimated from confidence, without labels"
     interval = f"95 % interval {estimate.low:.3f} to {estimate.high:.3f}"
-    line = f"performance: {metric} {estimate.value:.3f} ({interval}, {estimate.num_samples} rows)"
-    return line + f", holdout {estimate.reference:.3f}" + (": ALARM" if estimate.alarm else "")
+    line = (f"performance: {estimate.metric} {origin} {estimate.value:.3f} ({interval}, "
+            f"{estimate.num_samples} rows), holdout {estimate.reference:.3f}")
+    return line + (": ALARM" if estimate.alarm else "")
 
 # %% ../nbs/02_schemas.ipynb #13368cb3
 RESULT_SCHEMAS = {

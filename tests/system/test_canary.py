@@ -26,7 +26,7 @@ from .test_serve_load import HOLDOUT, ITEMS, find_processes
 pytestmark = pytest.mark.load
 
 # What the gate would find is let pass: here it is for the canary to find.
-POLICY = {"max_f1_drop": 1, "max_class_f1_drop": 1, "max_slice_f1_drop": 1,
+POLICY = {"max_metric_drop": 1, "max_class_metric_drop": 1, "max_slice_metric_drop": 1,
           "max_calibration_increase": 1, "max_new_behavior_failures": 1000, "max_p99_ms": 1e6,
           "max_p99_latency_ratio": 1e3, "max_p50_latency_ratio": 1e3, "max_size_ratio": 100,
           "canary": {"steps": [0.05, 0.5, 1], "min_step_requests": 20, "max_hours": 0.06,

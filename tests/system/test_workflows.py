@@ -82,7 +82,7 @@ def test_comment_is_updated_and_artifacts_are_not_trusted(
     [*existing, created] = map(dict, github.comments)
     assert [comment["body"] for comment in existing] == [body for _, body in OTHER_COMMENTS]
     assert created["body"].startswith(MARKER) and created["pull"] == 7
-    f1 = f"**F1 {results['evaluate']['overall']['f1']:.3f}**"
+    f1 = f"**Weighted F1 {results['evaluate']['overall']['f1']:.3f}**"
     for text in (f1, "| main | difference |", "+0.000", "would promote", SHA[:10]):
         assert text in created["body"]
 
@@ -95,7 +95,7 @@ def test_comment_is_updated_and_artifacts_are_not_trusted(
     github.upload(102, "results", to_files(worse))
     assert run_comment(github, tmp_path, 2).success
     body = github.comments[-1]["body"]
-    for text in ("**F1 0.250**", "would reject", "| weighted F1 | 0.250 |"):
+    for text in ("**Weighted F1 0.250**", "would reject", "| weighted F1 | 0.250 |"):
         assert text in body
     render = mistune.create_markdown(escape=False, plugins=["table", "strikethrough", "url"])
     html = render(body)
