@@ -1,5 +1,5 @@
 """Thirty releases by canary under load; a third of them are bad, and the command is killed in some.
-Two more are judged by delayed labels.
+Another is judged by delayed labels.
 
 An hour; `make test-load`.
 """
@@ -146,20 +146,15 @@ def test_thirty_releases(promoted: Run) -> None:
 
 
 def test_delayed_labels(promoted: Run) -> None:
-    """Where nothing else is watched, labels that come later tell a wrong version from a good one.
+    """Where nothing else would show it, labels that come later take a wrong version back.
 
     They are read twice a minute, so a step is long enough for that."""
     write_files(promoted, max_disagreement=0.99, steps=[0.5, 1], min_step_requests=800)
     HOLDOUT.to_csv(promoted.folder / "labels.csv", index=False)
     config = '{"poll_interval_s": 0.5, "log_flush_interval_s": 1}'
     with serving(promoted, "--log-dir", "canary-log", "--config", config) as served:
-        for kind, expected in (("wrong", "taken back"), ("good", "promoted")):
-            decision, _, outcomes = release_under_load(
-                served, kind, False, "--labels", "labels.csv", "--log-dir", "canary-log",
-                rate=25)
-            print(summary(f"labels, {kind}: {decision}", outcomes), flush=True)
-            results = (promoted.folder / "results" / "canary.json").read_text(encoding="utf-8")
-            errors = next(check for check in json.loads(results)["checks"]
-                          if check["name"] == "errors")
-            assert decision == expected, errors
-            assert errors["is_good"] == (kind == "good"), errors
+        decision, _, outcomes = release_under_load(
+            served, "wrong", False, "--labels", "labels.csv", "--log-dir", "canary-log", rate=25)
+    print(summary(f"labels, wrong: {decision}", outcomes), flush=True)
+    results = json.loads((promoted.folder / "results" / "canary.json").read_text(encoding="utf-8"))
+    assert decision == "taken back" and results["reason"].startswith("errors"), results["reason"]
