@@ -263,7 +263,6 @@ def _overall_metrics(labels: np.ndarray, predicted: np.ndarray,
         macro_precision=macro.precision, macro_recall=macro.recall, macro_f1=macro.f1,
         low=low, high=high, calibration_error=expected_calibration_error(bins))
 
-
 # %% ../nbs/30_evaluate.ipynb #470cd67b
 def evaluate_predictions(
     rows:pd.DataFrame, # labeled rows

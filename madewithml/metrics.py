@@ -7,6 +7,8 @@ __all__ = ['classification_metrics', 'per_class_metrics', 'weighted_f1', 'bootst
            'calibration_bins', 'expected_calibration_error']
 
 # %% ../nbs/15_metrics.ipynb #da581664
+from collections.abc import Callable
+
 import numpy as np
 from scipy.sparse import csr_array
 
@@ -62,23 +64,36 @@ def weighted_f1(
     return (f1 * support).sum(1) / support.sum(1)
 
 # %% ../nbs/15_metrics.ipynb #780c58a6
-def _as_ids(*arrays: np.ndarray) -> list[np.ndarray]:
-    "The labels as numbers, the same in each array."
-    ids = np.unique(np.concatenate(arrays), return_inverse=True)[1]
-    return np.split(ids, len(arrays))
+def _as_ids(*arrays: np.ndarray) -> np.ndarray:
+    "The labels as numbers, the same in each array, (arrays, rows)."
+    return np.unique(np.concatenate(arrays), return_inverse=True)[1].reshape(len(arrays), -1)
 
-def _cells_with_prior(labels: np.ndarray, predicted: np.ndarray
-                      ) -> tuple[np.ndarray, np.ndarray]:
-    "Cells of the confusion matrix, (2, cells), and their rows, with a prior of one row."
-    present, support = np.unique(labels, return_counts=True)
-    num_labels = max(int(labels.max()), int(predicted.max())) + 1
-    other = (present + 1) % max(num_labels, 2)  # any wrong label
-    prior = support / (2 * len(labels))
-    rows = np.stack([labels, predicted])
-    pairs = np.hstack([rows, np.stack([present, present]), np.stack([present, other])])
-    weights = np.concatenate([np.ones(len(labels)), prior, prior])
-    cells, inverse = np.unique(pairs, axis=1, return_inverse=True)
-    return cells, np.bincount(inverse.ravel(), weights)
+# Rows that are added, by whether each of the predictions is right in them.
+_Prior = dict[tuple[bool, ...], float]
+
+def _cells_with_prior(ids: np.ndarray, prior: _Prior) -> tuple[np.ndarray, np.ndarray]:
+    "Cells (true label, predictions), and their rows, with the prior's."
+    present, support = np.unique(ids[0], return_counts=True)
+    other = (present + 1) % max(int(ids.max()) + 1, 2)  # any wrong label
+    rows, weights = [ids], [np.ones(ids.shape[1])]
+    for are_right, num_rows in prior.items():
+        rows.append(np.stack([present, *(present if right else other for right in are_right)]))
+        weights.append(num_rows * support / ids.shape[1])  # spread over the classes by size
+    cells, inverse = np.unique(np.hstack(rows), axis=1, return_inverse=True)
+    return cells, np.bincount(inverse.ravel(), np.concatenate(weights))
+
+# Of rows in each cell, (matrices, cells), and the cells: a score of each matrix.
+_Score = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+def _bootstrap(score: _Score, ids: np.ndarray, prior: _Prior, draws: int, seed: int
+               ) -> tuple[float, float, float]:
+    "The score of the rows, and its 95 % interval by the Bayesian bootstrap."
+    cells, counts = _cells_with_prior(ids, prior)
+    weights = np.random.default_rng(seed).dirichlet(counts, size=draws) * ids.shape[1]
+    low, high = np.quantile(score(weights, cells), [0.025, 0.975])
+    observed, counts = np.unique(ids, axis=1, return_counts=True)
+    point = float(score(counts[None], observed)[0])
+    return point, float(min(low, point)), float(max(high, point))
 
 # %% ../nbs/15_metrics.ipynb #780c58a7
 def bootstrap_f1_interval(
@@ -88,30 +103,11 @@ def bootstrap_f1_interval(
     seed:int=0, # of the draws
 ) -> tuple[float, float]:
     "95 % interval of the weighted F1, by the Bayesian bootstrap."
-    ids = np.stack(_as_ids(labels, predicted))
-    cells, counts = _cells_with_prior(*ids)
-    weights = np.random.default_rng(seed).dirichlet(counts, size=draws) * len(labels)
-    low, high = np.quantile(weighted_f1(weights, *cells), [0.025, 0.975])
-    observed, counts = np.unique(ids, axis=1, return_counts=True)
-    f1 = weighted_f1(counts[None], *observed)[0]
-    return float(min(low, f1)), float(max(high, f1))
+    score = lambda weights, cells: weighted_f1(weights, *cells)
+    prior: _Prior = {(True,): 0.5, (False,): 0.5}
+    return _bootstrap(score, _as_ids(labels, predicted), prior, draws, seed)[1:]
 
 # %% ../nbs/15_metrics.ipynb #47768f5a
-_PAIRED_PRIOR_ROWS = 2.0
-
-def _paired_cells_with_prior(labels: np.ndarray, new: np.ndarray, old: np.ndarray
-                             ) -> tuple[np.ndarray, np.ndarray]:
-    "Cells (true label, two predictions), (3, cells), and their rows, with the prior's."
-    present, support = np.unique(labels, return_counts=True)
-    num_labels = int(max(labels.max(), new.max(), old.max())) + 1
-    other = (present + 1) % max(num_labels, 2)  # any wrong label
-    prior = _PAIRED_PRIOR_ROWS * support / len(labels)
-    rows = np.hstack([(labels, new, old), (present, present, present), (present, present, other),
-                      (present, other, present)])
-    weights = np.concatenate([np.ones(len(labels)), prior / 2, prior / 4, prior / 4])
-    cells, inverse = np.unique(rows, axis=1, return_inverse=True)
-    return cells, np.bincount(inverse.ravel(), weights)
-
 def paired_f1_difference(
     labels:np.ndarray, # true label of each row
     new:np.ndarray, # label that the challenger predicted, each row
@@ -126,13 +122,9 @@ def paired_f1_difference(
         truth, first, second = cells
         return weighted_f1(weights, truth, first) - weighted_f1(weights, truth, second)
 
-    ids = np.stack(_as_ids(labels, new, old))
-    cells, counts = _paired_cells_with_prior(*ids)
-    weights = np.random.default_rng(seed).dirichlet(counts, size=draws) * len(labels)
-    low, high = np.quantile(difference(weights, cells), [0.025, 0.975])
-    observed, counts = np.unique(ids, axis=1, return_counts=True)
-    point = difference(counts[None], observed)[0]
-    return MetricDifference(value=point, low=min(low, point), high=max(high, point))
+    prior: _Prior = {(True, True): 1.0, (True, False): 0.5, (False, True): 0.5}
+    value, low, high = _bootstrap(difference, _as_ids(labels, new, old), prior, draws, seed)
+    return MetricDifference(value=value, low=low, high=high)
 
 # %% ../nbs/15_metrics.ipynb #0a182b8d
 def calibration_bins(

@@ -77,7 +77,6 @@ class _ServiceCounters:
         self.max_in_flight = _gauge("max_in_flight", "Requests in flight beyond which the live "
                                     "replicas reject others", "model")
 
-
 # %% ../nbs/51_middleware.ipynb #b879e110
 class ServiceMetrics(_ServiceCounters):
     "Counters of the service, in Prometheus's format."
@@ -225,7 +224,6 @@ async def _receive_body(method: str, headers: dict[bytes, bytes], receive, confi
     if method in _WITHOUT_BODY: return receive
     return _replay(await _read_body(headers, receive, config), receive)
 
-
 # %% ../nbs/51_middleware.ipynb #03f43136
 def complete_scope(
     scope:dict[str, Any], # ASGI's description of a request
@@ -303,7 +301,6 @@ def _timeout_s(path: str, config: ServeConfig) -> float:
     "Until a request must be answered."
     is_evaluation = path.startswith("/evaluate")
     return config.evaluate_timeout_s if is_evaluation else config.request_timeout_s
-
 
 # %% ../nbs/51_middleware.ipynb #54e7a864
 MODELS_PATH = "/models/"  # of a service with several models

@@ -386,7 +386,6 @@ def _f1_with_interval(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, 
     "Weighted F1 and its bootstrap interval."
     return classification_metrics(truth, predicted).f1, *bootstrap_f1_interval(truth, predicted)
 
-
 # %% ../nbs/62_monitor.ipynb #448a2688
 def realized_performance(
     predicted:np.ndarray, # prediction of each labeled row of the window

@@ -109,7 +109,6 @@ def _metric_difference(rows: pd.DataFrame, predictions: list[np.ndarray]) -> Met
     labels = rows[get_settings().label_column].to_numpy(dtype=str)
     return paired_f1_difference(labels, predictions[0], predictions[1])
 
-
 # %% ../nbs/44_promotion.ipynb #f8b31d38
 _TAG_FIELDS = {"timestamp", "decision", "by", "reason", "dataset_loc", "dataset_digest", "policy",
                "checks", "difference"}

@@ -124,11 +124,14 @@ def check_cluster(
         raise UserError(f"Cannot reach a Ray cluster at {address}: {error}.", _JOIN_HINT) from None
 
 # %% ../nbs/05_ray_session.ipynb #3959f89b
+def _init_ray(address: str, **options: Any) -> None:
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR,
+             runtime_env=_runtime_env(address), **options)
+
 def _start_cluster(**options: Any) -> None:
     "Starts the private cluster. Raises: UserError."
     try:
-        ray.init("local", log_to_driver=False, logging_level=logging.ERROR,
-                 runtime_env=_runtime_env("local"), **options)
+        _init_ray("local", **options)
     except (ConnectionError, TimeoutError, RuntimeError) as error:
         hint = "Its logs are in /tmp/ray. Try again when the machine is less busy."
         raise UserError(f"Ray does not start on this machine: {error}.", hint) from error
@@ -136,8 +139,7 @@ def _start_cluster(**options: Any) -> None:
 def _join_cluster(address: str) -> None:
     "Joins a running cluster. Raises: UserError."
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR,
-                 runtime_env=_runtime_env(address))
+        _init_ray(address)
     except (ConnectionError, TimeoutError) as error:
         raise UserError(f"Cannot reach a Ray cluster at {address}: {error}.", _JOIN_HINT) from None
 

@@ -249,9 +249,8 @@ def _promotion(results: PromoteResults) -> str:
     if results.reason:
         lines.append(f"Reason: {escape_cell(results.reason)}.")
     if difference := results.difference:
-        interval = f"{difference.low:+.3f} to {difference.high:+.3f}"
-        title = results.challenger.overall.heading
-        lines.append(f"{title} {difference.value:+.3f} (95 % interval {interval}, paired).")
+        lines.append(f"{results.challenger.overall.heading} {difference.value:+.3f} "
+                     f"(95 % interval {difference.interval}, paired).")
     return " ".join(lines) + "\n\n" + gate_markdown(results.checks)
 
 # %% ../nbs/70_report.ipynb #71cd0e6a

@@ -145,9 +145,8 @@ def promotion_outcome(
         return RetrainOutcome("rejected", f"{error} {retry}", "accepted")
     comparison = ""
     if results.champion and (difference := results.difference):
-        interval = f"{difference.low:+.3f} to {difference.high:+.3f}"
-        comparison = (f", {results.challenger.overall.title} {difference.value:+.3f} ({interval}) "
-                      f"against version {results.champion.version}")
+        comparison = (f", {results.challenger.overall.title} {difference.value:+.3f} "
+                      f"({difference.interval}) against version {results.champion.version}")
     description = f"Version {results.challenger.version} is the champion{comparison}."
     return RetrainOutcome("promoted", description, "merged")
 

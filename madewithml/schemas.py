@@ -168,7 +168,6 @@ class ClassificationMetrics(Metrics):
     recall: float = Field(ge=0, le=1)
     f1: float = Field(ge=0, le=1)
 
-
 # %% ../nbs/02_schemas.ipynb #a46ce2ba
 class OverallClassificationMetrics(ClassificationMetrics, OverallMetrics):
     "Metrics of a whole table; precision, recall and f1 are weighted by class size."
@@ -178,7 +177,6 @@ class OverallClassificationMetrics(ClassificationMetrics, OverallMetrics):
     macro_precision: float = Field(ge=0, le=1)
     macro_recall: float = Field(ge=0, le=1)
     macro_f1: float = Field(ge=0, le=1)
-
 
 # %% ../nbs/02_schemas.ipynb #0b4652fe
 class CalibrationBin(StrictModel):
@@ -302,6 +300,11 @@ class MetricDifference(StrictModel):
     low: float = Field(
         description="lower end of its 95 % interval (paired Bayesian bootstrap)")
     high: float = Field(description="upper end")
+
+    @property
+    def interval(self) -> str:
+        "The ends of the interval, with signs."
+        return f"{self.low:+.3f} to {self.high:+.3f}"
 
 class PromoteResults(BaseResults):
     "Results of the workload `promote`."

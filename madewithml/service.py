@@ -295,7 +295,6 @@ class _ServedModel:
             self.batcher.pool.shutdown(cancel_futures=True)
         self.versions.close()
 
-
 # %% ../nbs/56_service.ipynb #9030ccd5
 class PredictionService(_ServedModel):
     "State of a replica: encode, batch, predict, follow the registry, log."
